@@ -1,0 +1,472 @@
+"""The networks of the papers' image experiments, one plain function each.
+
+Every function is called as `name(num_classes=10, in_channels=3, image_size=32)` and returns an
+ordinary nn.Module that maps images (B, C, H, W) to logits (B, num_classes). Tensors are NCHW
+throughout; the transformers work on tokens (B, T, D) in between.
+
+CIFAR networks (32×32; all of them also take the 1×28×28 of Fashion-MNIST), parameters counted
+for 3 channels and 10 classes:
+
+    resnet20                 269,722    He et al. 2016, section 4.2 (arXiv 1512.03385):
+    resnet32                 464,154      6n+2 layers of 16, 32, 64 channels,
+    resnet44                 658,586      shortcuts without parameters ("option A")
+    resnet56                 853,018
+    resnet110              1,727,962
+    resnet18_cifar        11,173,962    He et al. 2016, table 1 (the ImageNet networks), with a
+    resnet34_cifar        21,282,122      3×3 stem of stride 1 and no max-pooling, so that
+    resnet50_cifar        23,520,842      32×32 images arrive at the last stage as 4×4
+    wrn28_10              36,479,194    Zagoruyko & Komodakis 2016 (arXiv 1605.07146)
+    densenet121_cifar      6,956,298    Huang et al. 2017 (arXiv 1608.06993)
+    vgg16_bn_cifar        15,253,578    Simonyan & Zisserman 2015 (arXiv 1409.1556), with batch
+                                          norm and three linear layers of 512, 512, classes
+    lenet5                    62,006    LeCun et al. 1998, in today's form: ReLU, max-pooling
+    deit_tiny_cifar        5,362,762    Touvron et al. 2021 (arXiv 2012.12877): DeiT-Tiny on
+                                          4×4 patches, no distillation token
+
+Parameter names are torchvision's for the ResNets and timm's for DeiT, so that state dicts of the
+same shapes can be exchanged. Within a module, what is created first is listed first by
+`parameters()`; test_math.py relies on that order, so do not reorder constructor lines lightly.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def conv(in_planes, planes, kernel, stride=1):
+    """A convolution that keeps the map's size (divided by the stride).
+
+    No bias: a batch norm further on would subtract it again.
+    """
+    return nn.Conv2d(in_planes, planes, kernel, stride, padding=kernel // 2, bias=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# ResNet
+# ---------------------------------------------------------------------------------------------
+
+class PadShortcut(nn.Module):
+    """Option A of He et al.: halve the map, double the channels, no parameters."""
+
+    def __init__(self, planes):
+        super().__init__()
+        self.pad = planes // 4  # half of the planes/2 channels that are missing
+
+    def forward(self, x):
+        x = x[:, :, ::2, ::2]  # (B, planes/2, H/2, W/2)
+        return F.pad(x, (0, 0, 0, 0, self.pad, self.pad))  # (B, planes, H/2, W/2)
+
+
+def projection(in_planes, planes, stride):
+    """Option B of He et al.: a learned 1×1 convolution matches the shapes."""
+    return nn.Sequential(conv(in_planes, planes, 1, stride), nn.BatchNorm2d(planes))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut around them."""
+    expansion = 1
+
+    def __init__(self, in_planes, planes, stride, downsample):
+        super().__init__()
+        self.conv1 = conv(in_planes, planes, 3, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes, 3)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = downsample  # None: the shortcut is the identity
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1×1 to fewer channels, 3×3, 1×1 back to four times as many, and a shortcut around them."""
+    expansion = 4
+
+    def __init__(self, in_planes, planes, stride, downsample):
+        super().__init__()
+        self.conv1 = conv(in_planes, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        # The paper strides in conv1; a 1×1 convolution of stride 2 never looks at 3 pixels of 4,
+        # so torchvision ("V1.5") and this file stride here.
+        self.conv2 = conv(planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = conv(planes, 4 * planes, 1)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.downsample = downsample
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + shortcut)
+
+
+class ResNet(nn.Module):
+    """Stem, stages layer1, layer2, ... that halve the map from the second on, mean, linear."""
+
+    def __init__(self, block, depths, widths, num_classes, in_channels, option_a=False):
+        super().__init__()
+        self.conv1 = conv(in_channels, widths[0], 3)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.stages = len(depths)
+        in_planes = widths[0]
+        for i, (depth, width) in enumerate(zip(depths, widths)):
+            blocks = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                planes = width * block.expansion
+                downsample = None
+                if stride != 1 or in_planes != planes:
+                    downsample = (PadShortcut(planes) if option_a
+                                  else projection(in_planes, planes, stride))
+                blocks.append(block(in_planes, width, stride, downsample))
+                in_planes = planes
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(in_planes, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        for i in range(self.stages):
+            x = getattr(self, f"layer{i + 1}")(x)
+        return self.fc(x.mean((2, 3)))  # (B, planes, h, w) -> (B, planes) -> (B, classes)
+
+
+def resnet_option_a(depth, num_classes, in_channels):
+    """The CIFAR ResNets of He et al. section 4.2: depth = 6n + 2, n blocks in each stage."""
+    n = (depth - 2) // 6
+    model = ResNet(BasicBlock, (n, n, n), (16, 32, 64), num_classes, in_channels, option_a=True)
+    for m in model.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(m.weight)  # σ² = 2 / fan_in
+    return model
+
+
+# The means over the map make every ResNet, WRN and DenseNet indifferent to the image's size.
+
+def resnet20(num_classes=10, in_channels=3, image_size=32):
+    return resnet_option_a(20, num_classes, in_channels)
+
+
+def resnet32(num_classes=10, in_channels=3, image_size=32):
+    return resnet_option_a(32, num_classes, in_channels)
+
+
+def resnet44(num_classes=10, in_channels=3, image_size=32):
+    return resnet_option_a(44, num_classes, in_channels)
+
+
+def resnet56(num_classes=10, in_channels=3, image_size=32):
+    return resnet_option_a(56, num_classes, in_channels)
+
+
+def resnet110(num_classes=10, in_channels=3, image_size=32):
+    return resnet_option_a(110, num_classes, in_channels)
+
+
+# These three keep PyTorch's default initialisation.
+
+def resnet18_cifar(num_classes=10, in_channels=3, image_size=32):
+    return ResNet(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), num_classes, in_channels)
+
+
+def resnet34_cifar(num_classes=10, in_channels=3, image_size=32):
+    return ResNet(BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512), num_classes, in_channels)
+
+
+def resnet50_cifar(num_classes=10, in_channels=3, image_size=32):
+    return ResNet(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), num_classes, in_channels)
+
+
+# ---------------------------------------------------------------------------------------------
+# Wide ResNet
+# ---------------------------------------------------------------------------------------------
+
+class WideBlock(nn.Module):
+    """Pre-activation block: norm and ReLU come before each convolution, none after the sum."""
+
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = conv(in_planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes, 3)
+        self.shortcut = None if in_planes == planes else conv(in_planes, planes, 1, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        # A learned shortcut starts from the activated input, the identity from the raw one.
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        return out + shortcut
+
+
+class WideResNet(nn.Module):
+    """depth = 6n + 4: three stages of n blocks, `widen` times as wide as a ResNet's."""
+
+    def __init__(self, depth, widen, num_classes, in_channels):
+        super().__init__()
+        n = (depth - 4) // 6
+        self.conv1 = conv(in_channels, 16, 3)
+        self.layer1 = self.stage(n, 16, 16 * widen, 1)
+        self.layer2 = self.stage(n, 16 * widen, 32 * widen, 2)
+        self.layer3 = self.stage(n, 32 * widen, 64 * widen, 2)
+        self.bn = nn.BatchNorm2d(64 * widen)
+        self.fc = nn.Linear(64 * widen, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    @staticmethod
+    def stage(n, in_planes, planes, stride):
+        blocks = [WideBlock(in_planes, planes, stride)]
+        blocks += [WideBlock(planes, planes, 1) for _ in range(n - 1)]
+        return nn.Sequential(*blocks)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        x = F.relu(self.bn(x))  # the last block leaves the sum unactivated
+        return self.fc(x.mean((2, 3)))
+
+
+def wrn28_10(num_classes=10, in_channels=3, image_size=32):
+    return WideResNet(28, 10, num_classes, in_channels)
+
+
+# ---------------------------------------------------------------------------------------------
+# DenseNet
+# ---------------------------------------------------------------------------------------------
+
+class DenseLayer(nn.Module):
+    """Appends `growth` new channels to all those that came before."""
+
+    def __init__(self, in_planes, growth):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = conv(in_planes, 4 * growth, 1)  # keeps the 3×3 convolution cheap
+        self.bn2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = conv(4 * growth, growth, 3)
+
+    def forward(self, x):
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        return torch.cat([out, x], dim=1)  # (B, growth + in_planes, H, W), the new ones first
+
+
+class Transition(nn.Module):
+    """Between two dense stages: half the channels, half the map."""
+
+    def __init__(self, in_planes):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(in_planes)
+        self.conv = conv(in_planes, in_planes // 2, 1)
+
+    def forward(self, x):
+        return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
+
+
+class DenseNet(nn.Module):
+    """Four dense stages with three transitions in between."""
+
+    def __init__(self, depths, growth, num_classes, in_channels):
+        super().__init__()
+        planes = 2 * growth
+        self.conv1 = conv(in_channels, planes, 3)
+        self.features = nn.Sequential()  # dense1, trans1, dense2, ..., dense4
+        for i, depth in enumerate(depths):
+            dense = [DenseLayer(planes + j * growth, growth) for j in range(depth)]
+            self.features.add_module(f"dense{i + 1}", nn.Sequential(*dense))
+            planes += depth * growth
+            if i < len(depths) - 1:
+                self.features.add_module(f"trans{i + 1}", Transition(planes))
+                planes //= 2
+        self.bn = nn.BatchNorm2d(planes)
+        self.fc = nn.Linear(planes, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.features(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def densenet121_cifar(num_classes=10, in_channels=3, image_size=32):
+    return DenseNet((6, 12, 24, 16), 32, num_classes, in_channels)
+
+
+# ---------------------------------------------------------------------------------------------
+# VGG and LeNet
+# ---------------------------------------------------------------------------------------------
+
+class VGG(nn.Module):
+    """3×3 convolutions with batch norm, five max-pools, three linear layers."""
+
+    def __init__(self, widths, num_classes, in_channels):
+        super().__init__()
+        layers, planes = [], in_channels
+        for width in widths:
+            if width == "pool":
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))  # 28, 14, 7, 4, 2, 1
+                continue
+            # The norm makes the bias redundant; MAC's CIFAR-100 experiments have it all the same.
+            layers += [nn.Conv2d(planes, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            planes = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Dropout(0.5), nn.Linear(planes, 512), nn.ReLU(),
+            nn.Dropout(0.5), nn.Linear(512, 512), nn.ReLU(),
+            nn.Linear(512, num_classes))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):  # σ² = 2 / (9·width)
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        x = self.features(x)  # (B, 512, 1, 1) for images of 32 and of 28 pixels
+        return self.classifier(x.mean((2, 3)))
+
+
+def vgg16_bn_cifar(num_classes=10, in_channels=3, image_size=32):
+    widths = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool",
+              512, 512, 512, "pool", 512, 512, 512, "pool")
+    return VGG(widths, num_classes, in_channels)
+
+
+class LeNet5(nn.Module):
+    """Two convolutions and three linear layers."""
+
+    def __init__(self, num_classes, in_channels, padding):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 6, 5, padding=padding)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, num_classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # (B, 6, 14, 14)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # (B, 16, 5, 5)
+        x = F.relu(self.fc1(x.flatten(1)))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+def lenet5(num_classes=10, in_channels=3, image_size=32):
+    if image_size not in (28, 32):
+        raise ValueError(f"lenet5 takes images of 28 or 32 pixels, not image_size={image_size}.")
+    # LeCun centred the 28×28 digits in 32×32; padding does the same here.
+    return LeNet5(num_classes, in_channels, padding=2 if image_size == 28 else 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Vision transformer
+# ---------------------------------------------------------------------------------------------
+
+class PatchEmbed(nn.Module):
+    """Cuts the image into squares and maps each to a vector: a convolution that never overlaps."""
+
+    def __init__(self, patch, dim, in_channels):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h·w, D), row-major
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v come from one linear layer."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.num_heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = out.transpose(1, 2).reshape(B, T, D)  # the heads side by side again
+        return self.proj(out)
+
+
+class Mlp(nn.Module):
+    """Two linear layers applied to each token by itself."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Patches and one class token through `depth` blocks; the class token is classified."""
+
+    def __init__(self, img_size, patch, dim, depth, heads, num_classes, in_channels):
+        super().__init__()
+        if img_size % patch:
+            raise ValueError(f"Patches of {patch} pixels do not tile images of {img_size} pixels.")
+        tokens = (img_size // patch) ** 2 + 1
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim))
+        self.patch_embed = PatchEmbed(patch, dim, in_channels)
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for m in self.modules():  # the patch convolution keeps PyTorch's default, as in timm
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        x = self.patch_embed(x)  # (B, T-1, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, T, D)
+        x = self.blocks(x + self.pos_embed)
+        return self.head(self.norm(x)[:, 0])
+
+
+def deit_tiny_cifar(num_classes=10, in_channels=3, image_size=32):
+    return VisionTransformer(image_size, 4, 192, 12, 3, num_classes, in_channels)
+
+
+# ---------------------------------------------------------------------------------------------
+
+CIFAR_MODELS = {
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet44": resnet44,
+    "resnet56": resnet56,
+    "resnet110": resnet110,
+    "resnet18_cifar": resnet18_cifar,
+    "resnet34_cifar": resnet34_cifar,
+    "resnet50_cifar": resnet50_cifar,
+    "wrn28_10": wrn28_10,
+    "densenet121_cifar": densenet121_cifar,
+    "vgg16_bn_cifar": vgg16_bn_cifar,
+    "lenet5": lenet5,
+    "deit_tiny_cifar": deit_tiny_cifar,
+}
