@@ -6,7 +6,7 @@ Curvature". arXiv 2506.08464, ICDM 2025.  (Numbers in parentheses are this file'
 THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias as last column):
 
     (1)  ā = E[a]                            mean of the layer's input over all rows
-    (2)  F ≈ (ā āᵀ + ρI) ⊗ I                 its Fisher block: K-FAC's A ⊗ P with P = I and A = ā āᵀ
+    (2)  F ≈ (ā āᵀ + ρI) ⊗ I                 its Fisher block: K-FAC's A ⊗ P, P = I and A = ā āᵀ
     (3)  G̃ = ρ G (ā āᵀ + ρI)⁻¹ = G − (G ā) āᵀ / (ρ + ‖ā‖²)
     (4)  ā ← ā + w (ā_batch − ā),  w = (1 − β)/(1 − βᵏ)       bias-corrected moving average
     (5)  first layer: G̃ = ρ G (A₁ + ρI)⁻¹,  A₁ = E[a aᵀ]
@@ -32,9 +32,9 @@ G_V = (∂loss/∂O)ᵀ (T X). The rows that W_V sees are those of T X, their me
 column means of T: the attention scores enter the curvature. Averaged over batch and heads.
 
     symbol   in code              shape
-    G        grad, bias_grad      (out, d), (out,); d = C/groups·kh·kw of a convolution, + 1 for bias
+    G        grad, bias_grad      (out, d), (out,); d = C/groups·kh·kw in convolutions, + 1 for bias
     ā        state "mean"         (blocks, d): one row per group of a convolution, three for q, k, v
-             state "applied"      the ā in use, refreshed every tinv steps (absent if tcov % tinv == 0)
+             state "applied"      the ā in use, renewed every tinv steps (absent if tcov % tinv == 0)
     A₁, its Cholesky factor       state "covariance", "factor": (blocks, d, d), first layer only
     ρ, β     damping, stat_decay  scalars;  k: state "updates";  η, μ: lr, momentum
     R        rows                 B (linear), B·N (tokens), B·oH·oW (patches)
@@ -64,6 +64,7 @@ USAGE
 """
 import inspect
 import warnings
+import weakref
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -72,6 +73,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+MASKS = ("attn_mask", "mask", "is_causal")   # the names under which attention modules take them
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of patches or scores at a time
 
 
@@ -102,21 +104,27 @@ def precondition(grad, bias_grad, mean, damping):
 
 
 def precondition_first(grad, bias_grad, factor, damping):
-    """(5)  G̃ = ρ G (A₁ + ρI)⁻¹ = ρ (L⁻ᵀ L⁻¹ Gᵀ)ᵀ with factor = L (blocks, d, d), A₁ + ρI = L Lᵀ."""
+    """(5)  G̃ = ρ G (A₁ + ρI)⁻¹ = ρ (L⁻ᵀ L⁻¹ Gᵀ)ᵀ, factor = L (blocks, d, d), A₁ + ρI = L Lᵀ."""
     blocks = len(factor)
     G = grad.reshape(blocks, len(grad) // blocks, -1)         # (blocks, out/blocks, d)
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
     G = damping * torch.cholesky_solve(G.mT, factor).mT
-    if bias_grad is None:
-        return G.reshape(grad.shape), None
-    return G[:, :, :-1].reshape(grad.shape), G[:, :, -1].flatten()
+    new_bias = None if bias_grad is None else G[:, :, -1].flatten()
+    G = G if bias_grad is None else G[:, :, :-1]
+    return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
 
 
 def damped_cholesky(A, damping):
-    """L with L Lᵀ = A + ρI for A (blocks, d, d) ⪰ 0, and 0 per block, or not if rounding forbade."""
+    """L with L Lᵀ = A + ρI for A (blocks, d, d) ⪰ 0, and per block whether rounding forbade it.
+
+    A ρ that vanishes beside A's diagonal would leave the size of the step in A's null space to
+    rounding errors, even where the factorisation goes through.
+    """
+    lost = damping < torch.finfo(A.dtype).eps * A.diagonal(dim1=-2, dim2=-1).amax(-1)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return torch.linalg.cholesky_ex(A + damping * eye)
+    L, info = torch.linalg.cholesky_ex(A + damping * eye)
+    return L, lost | (info != 0)
 
 
 def running_mean(old, batch, updates, stat_decay):
@@ -164,7 +172,7 @@ def pad(x, conv):
 
 
 def patch_gram(x, conv):
-    """Σ [a; 1][a; 1]ᵀ over all patches of a convolution, (groups, d, d), a bounded chunk at a time."""
+    """Σ [a; 1][a; 1]ᵀ over all patches of a convolution, a bounded chunk at a time: (groups, d, d)."""
     total, chunk = 0, max(1, CHUNK // (x[0].numel() * conv.weight[0, 0].numel()))
     for part in x.to(at_least_float32(x)).split(chunk):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
@@ -226,7 +234,8 @@ def full_precision(device_type):
     """
     with torch.autocast(device_type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:
@@ -236,12 +245,14 @@ def full_precision(device_type):
                 for backend, value in zip(backends, before):
                     backend.fp32_precision = value
         else:
-            before = torch.get_float32_matmul_precision()
+            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
             try:
                 torch.set_float32_matmul_precision("highest")
+                torch.backends.cudnn.allow_tf32 = False
                 yield
             finally:
-                torch.set_float32_matmul_precision(before)
+                torch.set_float32_matmul_precision(before[0])
+                torch.backends.cudnn.allow_tf32 = before[1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,29 +279,38 @@ def linear_or_conv(module, inputs, output, first=False):
 def fused_qkv(parent, arguments, module, inputs, output):
     """The rows of a qkv Linear: tokens for q and k, T X for v. parent: the attention module.
 
-    arguments holds what parent.forward was called with. A 3-D mask belongs to the windows of a
-    module with a relative position bias, to the heads of any other.
+    arguments: the MASKS of parent.forward's call. A 3-D mask belongs to the windows of a module
+    with a relative position bias, to the heads of any other.
     """
     x = inputs["input"].detach()
     X = x.flatten(1, -2) if x.dim() > 2 else x[None]                                # (B, N, D)
     X = X.to(at_least_float32(X))
     qkv = output.detach().to(X.dtype).reshape(*X.shape[:2], 3, parent.num_heads, -1)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)                                            # (B, h, N, d_h)
-    q, k = [norm(y) if norm is not None else y for norm, y in
-            ((getattr(parent, "q_norm", None), q), (getattr(parent, "k_norm", None), k))]
+    q, k = normed(getattr(parent, "q_norm", None), q), normed(getattr(parent, "k_norm", None), k)
     scale = getattr(parent, "scale", None)
     table, bias = getattr(parent, "relative_position_bias_table", None), None
     if table is not None:
-        n = X.shape[1]
-        bias = table.detach()[parent.relative_position_index.view(-1)].view(n, n, -1).permute(2, 0, 1)
-    mask = arguments.get("attn_mask", arguments.get("mask"))
-    if mask is not None and mask.dim() < 4:
-        mask = mask[:, None] if mask.dim() == 3 and bias is not None else mask[(None,) * (4 - mask.dim())]
-    causal = arguments.get("is_causal")
+        N = X.shape[1]
+        bias = table.detach()[parent.relative_position_index.view(-1)].view(N, N, -1)
+        bias = bias.permute(2, 0, 1)                                                # (h, N, N)
+    mask = arguments["mask"] if arguments["attn_mask"] is None else arguments["attn_mask"]
+    if mask is not None and mask.dim() == 3 and bias is not None:
+        mask = mask[:, None]                                                        # (M, 1, N, N)
+    elif mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+    causal = arguments["is_causal"]
     causal = getattr(parent, "is_causal", False) if causal is None else causal
     t = attention_sum(q, k, q.shape[-1] ** -0.5 if scale is None else scale, mask, causal, bias)
     tokens, rows = input_sum(X), X.shape[0] * X.shape[1]
     return [(torch.cat([tokens, tokens, value_sum(X, t)]), [rows])]
+
+
+def normed(norm, y):
+    """An attention module's q_norm or k_norm of y, in the dtype of its weights."""
+    if norm is None:
+        return y
+    return norm(y.to(next((p.dtype for p in norm.parameters()), y.dtype))).to(y.dtype)
 
 
 def multihead_attention(module, inputs, output):
@@ -316,7 +336,7 @@ def multihead_attention(module, inputs, output):
         added.append(k.new_zeros(h, E // h))
     q, k = [y.unflatten(-1, (h, -1)).transpose(1, 2) for y in (q, k)]               # (B, h, N, d_h)
     mask = None if mask is None else F.pad(mask, (0, len(added)))
-    t, S = attention_sum(q, k, (E // h) ** -0.5, mask), value.shape[1]              # (B, h, S + added)
+    t, S = attention_sum(q, k, (E // h) ** -0.5, mask), value.shape[1]              # (B, h, S+added)
     attended = torch.einsum("bsd,bhs->hd", value, t[..., :S])                       # Σ Xᵀt̄_h
     heads = torch.einsum("hed,hd->he", W[2].to(dtype).view(h, E // h, -1), attended)
     for i, v in enumerate(added):
@@ -358,6 +378,7 @@ class Layer:
         self.name, self.weight, self.how, self.blocks = name, weight, how, blocks
         self.bias, self.bias_rows = bias, bias_rows      # its part of the bias, if that is shared
         self.on = True             # does this step's batch count? Set by step(), read by the hooks
+        self.backward = None       # the backward pass that brought the latest sums
         self.drop()
 
     @property
@@ -446,17 +467,17 @@ class Hook:
         layers = [(i, layer) for i, layer in self.layers if layer.on and layer.weight.requires_grad]
         if not layers or not output.requires_grad or output.numel() == 0:
             return
-        # A gradient that is gone was dropped by zero_grad on the model: so are the sums that went
-        # with it. Not inside a backward pass, where activation checkpointing runs layers again.
-        if torch._C._current_graph_task_id() == -1:
-            for _, layer in layers:
-                if layer.weight.grad is None:
-                    layer.drop()
         with torch.no_grad(), full_precision(output.device.type):
             found = self.statistics(self.module, dict(zip(self.names, args)) | kwargs, output)
 
         def arrived(grad):
+            # Only a forward that is backpropagated counts. Where an earlier backward pass left no
+            # gradient, zero_grad on the model has dropped it, and so are the sums that it left.
+            backward = torch._C._current_graph_task_id()
             for i, layer in layers:
+                if layer.weight.grad is None and layer.backward != backward:
+                    layer.drop()
+                layer.backward = backward
                 layer.add(*found[i])
         # A Linear's output on more than two dimensions is a view; an in-place activation replaces
         # the view's history, and a hook on it would never fire. Its base sees the gradient always.
@@ -464,10 +485,13 @@ class Hook:
 
 
 class Arguments:
-    """Forward pre-hook of an attention module: keeps its call's arguments for the qkv hook."""
+    """Forward pre-hook of an attention module: keeps the masks of its call for the qkv hook.
+
+    And not the input, which would keep its graph alive.
+    """
 
     def __init__(self, module=None, layer=None):
-        self.module, self.layer, self.arguments = module, layer, {}
+        self.module, self.layer, self.arguments = module, layer, dict.fromkeys(MASKS)
         self.names = [] if module is None else list(inspect.signature(module.forward).parameters)
 
     def __reduce__(self):
@@ -479,8 +503,8 @@ class Arguments:
 
     @torch.compiler.disable
     def keep(self, args, kwargs):
-        self.arguments.clear()
-        self.arguments.update(zip(self.names, args), **kwargs)
+        given = dict(zip(self.names, args)) | kwargs
+        self.arguments.update((name, given.get(name)) for name in MASKS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -516,7 +540,8 @@ class MAC(torch.optim.SGD):
                  weight_decay=0.0, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95,
                  tcov=5, tinv=50, input_covariance=True, maximize=False, foreach=None, fused=None):
         self.model, self.input_covariance = model, input_covariance
-        self.layers, self.hooks, self.steps, self.captured = {}, {}, 0, False
+        self.layers, self.hooks, self.handles, self.steps, self.captured = {}, {}, [], 0, False
+        weakref.finalize(self, remove_hooks, self.handles).atexit = False
         super().__init__(model.parameters() if params is None else params, lr=lr,
                          momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                          maximize=maximize, foreach=foreach, fused=fused)
@@ -570,20 +595,21 @@ class MAC(torch.optim.SGD):
     def set_first(self, layer):
         layer.how = "input covariance"
         if layer.shape[-1] > 2 ** 14:
-            raise ValueError(f"MAC: the input covariance of the first layer, {layer.name}, would be "
-                             f"{layer.shape[-1]}×{layer.shape[-1]}: use input_covariance=False")
+            raise ValueError(
+                f"MAC: the input covariance of the first layer, {layer.name}, would be "
+                f"{layer.shape[-1]}×{layer.shape[-1]}: use input_covariance=False")
 
     def add_hook(self, module, parent, layer):
         if isinstance(module, nn.MultiheadAttention):
             statistics = multihead_attention
         elif parent is not None:
             arguments = Arguments(parent, layer)
-            parent.register_forward_pre_hook(arguments, with_kwargs=True)
+            self.handles.append(parent.register_forward_pre_hook(arguments, with_kwargs=True))
             statistics = partial(fused_qkv, parent, arguments.arguments)
         else:
             statistics = partial(linear_or_conv, first=layer.first)
         self.hooks[module] = Hook(module, statistics)
-        module.register_forward_hook(self.hooks[module], with_kwargs=True)
+        self.handles.append(module.register_forward_hook(self.hooks[module], with_kwargs=True))
 
     # ---- the step ----
 
@@ -633,6 +659,9 @@ class MAC(torch.optim.SGD):
         due = [(x, group) for x, group in self.grouped() if self.steps % group["tcov"] == 0]
         if not due:
             return
+        for layer, _ in due:
+            if layer.weight.grad is None:      # dropped, and no backward pass has come since
+                layer.drop()
         means = self.pooled([layer for layer, _ in due])
         self.captured = self.captured or any(mean is not None for mean in means)
         if not self.captured:
@@ -660,7 +689,7 @@ class MAC(torch.optim.SGD):
         flat = torch.cat(
             [layer.total.to(like.device, at_least_float32(like)).expand(layer.shape).reshape(-1)
              for layer in layers] + [torch.cat([layer.rows for layer in layers])
-                                     .to(like.device, at_least_float32(like))])
+                                     .to(at_least_float32(like)).to(like.device)])
         for layer in layers:
             layer.drop()
         if dist.is_available() and dist.is_initialized():
@@ -670,8 +699,9 @@ class MAC(torch.optim.SGD):
         if not flat.isfinite().all():
             bad = next(x.name for x, total in zip(layers, sums) if not total.isfinite().all())
             raise FloatingPointError(
-                f"MAC: the inputs of layer {bad} are not finite in step {self.steps}; no parameter "
-                "was changed. Lower the learning rate, or look for the overflow that caused it")
+                f"MAC: the inputs of layer {bad} are not finite in step {self.steps}; no "
+                "parameter was changed. Lower the learning rate, or look for the overflow that "
+                "caused it")
         seen = counts.tolist()
         means, start = [], 0
         for layer, total in zip(layers, sums):
@@ -684,11 +714,11 @@ class MAC(torch.optim.SGD):
 
     def precondition_gradients(self, raw):
         """Replace p.grad by G̃ for every layer that has statistics; raw collects what was there."""
+        self.refresh()
         for layer, group in self.grouped():
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
             if weight.grad is None or "updates" not in state:
                 continue
-            self.refresh(layer, group, state)
             if bias is not None and bias.grad is None:
                 bias = None
             dtype = at_least_float32(weight)
@@ -705,20 +735,24 @@ class MAC(torch.optim.SGD):
                     raw[bias], bias.grad = bias.grad, bias.grad.clone()
                 bias.grad[layer.bias_rows] = new[1].to(bias.dtype)
 
-    def refresh(self, layer, group, state):
-        """Bring what is applied up to date every tinv steps, or when there is nothing to apply."""
-        due = self.steps % group["tinv"] == 0
-        if layer.first and (due or "factor" not in state):
-            factor, info = damped_cholesky(state["covariance"], group["damping"])
-            if info.any():
-                raise FloatingPointError(
-                    f"MAC: the input covariance of layer {layer.name} plus damping "
-                    f"{group['damping']} is not positive definite to rounding; raise damping")
-            state["factor"] = factor
-        elif not layer.first and group["tcov"] % group["tinv"] == 0:
-            state.pop("applied", None)       # the average itself, which no other step changes
-        elif not layer.first and (due or "applied" not in state):
-            state["applied"] = state["mean"].clone()
+    def refresh(self):
+        """Bring what is applied up to date every tinv steps, or where there is nothing to apply."""
+        for layer, group in self.grouped():
+            state = self.state.get(layer.weight, {})
+            due = self.steps % group["tinv"] == 0
+            if "updates" not in state:
+                continue
+            if layer.first and (due or "factor" not in state):
+                factor, failed = damped_cholesky(state["covariance"], group["damping"])
+                if failed.any():
+                    raise FloatingPointError(
+                        f"MAC: the input covariance of layer {layer.name} plus damping "
+                        f"{group['damping']} is not positive definite to rounding; raise damping")
+                state["factor"] = factor
+            elif not layer.first and group["tcov"] % group["tinv"] == 0:
+                state.pop("applied", None)       # the average itself, which no other step changes
+            elif not layer.first and (due or "applied" not in state):
+                state["applied"] = state["mean"].clone()
 
     # ---- the rest of torch's interface ----
 
@@ -748,19 +782,21 @@ class MAC(torch.optim.SGD):
             self.__dict__.setdefault(name, value)          # an unpickled optimizer has no model
 
     def __repr__(self):
-        size, lines, last = 0, [], {p: group for group in self.param_groups for p in group["params"]}
+        lines, size = [], 0
         for layer, group in self.grouped():
             copies = 2 if layer.first or group["tcov"] % group["tinv"] else 1
             n = copies * torch.Size(layer.shape).numel() * at_least_float32(layer.weight).itemsize
-            size += n
             lines.append(f"  {layer.name}: {len(layer.weight)}×{layer.shape[-1]}, {layer.how}, "
                          f"{n:,} bytes")
-        biases = {layer.bias for layer in self.layers.values()}
-        plain = [name for name, p in (self.model.named_parameters() if self.model else ())
-                 if p in last and p not in self.layers and p not in biases]
-        return (f"{super().__repr__()}\npreconditioned: {len(lines)} weights, {size:,} bytes of "
-                "statistics\n" + "\n".join(lines)
-                + f"\nplain step: {len(plain)} tensors: " + ", ".join(plain))
+            size += n
+        done = set(self.layers) | {layer.bias for layer in self.layers.values()}
+        given = {p for group in self.param_groups for p in group["params"]} - done
+        named = self.model.named_parameters() if self.model is not None else ()
+        plain = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias")
+                              for name, p in named if p in given)
+        return "\n".join([super().__repr__(), f"preconditioned: {len(lines)} weights, "
+                          f"{size:,} bytes of statistics", *lines,
+                          "plain step: " + (", ".join(plain) or "nothing else")])
 
     @torch.no_grad()
     def calibrate(self, batches):
@@ -805,6 +841,12 @@ class MAC(torch.optim.SGD):
         state.update(covariance=covariance, updates=1, fixed=True, step=self.steps)
 
 
+def remove_hooks(handles):
+    """When an optimizer is gone, its hooks should cost the model nothing."""
+    for handle in handles:
+        handle.remove()
+
+
 class Found(Exception):
     """Ends a forward pass at the layer that calibrate() looks at."""
 
@@ -814,7 +856,7 @@ def check_options(group):
     for name, valid, wanted in (
             ("damping", lambda v: 0 < v < float("inf"), "a positive number"),
             ("stat_decay", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-            ("tcov", lambda v: v == int(v) and v >= 1, "a whole number of steps, 1 or more"),
-            ("tinv", lambda v: v == int(v) and v >= 1, "a whole number of steps, 1 or more")):
+            ("tcov", lambda v: v >= 1 and v % 1 == 0, "a whole number of steps, 1 or more"),
+            ("tinv", lambda v: v >= 1 and v % 1 == 0, "a whole number of steps, 1 or more")):
         if not valid(group[name]):
             raise ValueError(f"MAC: {name} must be {wanted}, got {group[name]}")

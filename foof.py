@@ -1,0 +1,716 @@
+"""FOOF: gradient descent on neurons, all of it in this one file.
+
+Benzing. "Gradient Descent on Neurons and its Link to Approximate Second-Order Optimization". arXiv
+2201.12250, ICML 2022.  (Numbers in parentheses are this file's own.)
+
+THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias as last column):
+
+    (1)  A = E[a aᵀ]                         second moment of the layer's input over all rows
+    (2)  G̃ = argmin_Δ  ½ E‖Δ a − e‖² + ½ ρ‖Δ‖²,  e = R ∂loss/∂s,  s = W a       ridge regression
+    (3)  G̃ = G (A + ρI)⁻¹                    its solution
+    (4)  A ← A + w (A_batch − A),  w = (1 − β)/(1 − βᵏ)       bias-corrected moving average
+    (5)  convolution: A[(c,i), (c',j)] = Σ_q x_c(q) x_c'(q+j−i) − border          no patch is formed
+    (6)  A + ρI = L Lᵀ,  G̃ᵀ = L⁻ᵀ L⁻¹ Gᵀ      factored every tinv steps, solved with every step
+    (7)  M ← μM + (G̃ + wd·W),  W ← W − ηM                     torch's momentum SGD
+
+WHY (2). Let s = W a be a layer's outputs ("neurons") for its R input rows a, as if each row had a
+loss of its own, whose mean is the loss: its gradient is e = R ∂loss/∂s. Gradient descent on the
+outputs themselves would move each s by −η e. A step W − ηΔ moves it by −η Δ a; no Δ has Δ a = e for
+all rows, so take the best in least squares, with a penalty on its size. Each output neuron (row of
+Δ) is a ridge regression of its errors on the inputs, with the same A for all.
+
+WHY (3). The derivative of (2) by Δ is Δ E[a aᵀ] − E[e aᵀ] + ρΔ, and E[e aᵀ] = Σ ∂loss/∂s aᵀ = G:
+Δ (A + ρI) = G. Nothing but inputs enters: no second derivative, no labels, no second backward. Yet
+it is K-FAC with the output factor P = I, and the paper's point is that K-FAC works because its
+usual damping drives P there. ρ → 0 moves the outputs of each row along its own gradient as far as
+the rows allow; for ρ → ∞ the step is SGD's with lr/ρ. MAC's multiplier is ρ(·)⁻¹ with ā āᵀ for A:
+at lr = ρ·lr_MAC the two differ in A − ā āᵀ alone.
+
+    symbol   in code              shape
+    G        grad, bias_grad      (out, d), (out,); d = C/groups·kh·kw in convolutions, + 1 for bias
+    A        state "covariance"   (blocks, d(d+1)/2): its lower triangle by rows; blocks: one per
+                                  group of a convolution, three for q, k, v
+    L        state "factor"       (blocks, d, d): the one in use, renewed every tinv steps
+    ρ, β     damping, stat_decay  scalars;  k: state "updates";  η, μ: lr, momentum
+    R        rows                 B (linear), B·N (tokens), B·oH·oW (patches)
+
+COST per layer: statistic 2·R·d² every tcov steps (less by (5)), factor d³/3 every tinv steps,
+application 2·out·d² per step, state 1.5·d² numbers.
+
+THROWN AWAY: the loss's curvature in the outputs, and all that couples layers. A convolution's
+positions count as rows of equal standing, and so do tokens.
+
+ORDER AND PERIODS. The paper steps with the old inverse, then renews it every T steps, then averages
+A, but only in the S steps before each inversion (its ResNets: T = 500, S = 10; Σ from 50 batches
+before training). Here, as in the sibling files: average on every tcov-th step, factor on every
+tinv-th, then step; the first step already uses the first batch's A.
+
+ERRATA, against the paper and the released implementations:
+ - the paper's (5), an unhalved square beside λ/2, is solved by its (6) with λ/2 for λ; (2) and (3)
+   agree. Its A is a sum over the batch: its λ = 100 at batch 100 is ρ = 1, its η = 10 is lr 0.1;
+ - the author's code sums A over rows for Linear and averages over the batch for convolutions, so
+   one ρ means two things; here A is a mean over rows always. It trains no biases (here they are
+   the coordinate 1), preconditions inside a backward hook, and ignores momentum for this method;
+ - FOOF in the MAC authors' code starts its average at the identity and corrects as if from zero
+   (damping ρ + 19 at first), and skips weight decay for 20·tcov steps; in the NysAct authors' it
+   counts updates once per layer, and begins with the identity for an inverse. All form (A + ρI)⁻¹;
+   here nothing is inverted, statistics are all-reduced and survive resume, and micro-batches pool.
+
+USAGE
+    optimizer = FOOF(model, lr=0.1, momentum=0.9, weight_decay=5e-4)    # before torch.compile runs
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+"""
+import inspect
+import warnings
+import weakref
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.grad import conv2d_weight
+
+CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of patches or factors at a time
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. The mathematics
+# ---------------------------------------------------------------------------------------------
+
+def precondition(grad, bias_grad, factor):
+    """(3), (6)  G̃ = G (A + ρI)⁻¹ = (L⁻ᵀ L⁻¹ Gᵀ)ᵀ with factor = L (blocks, d, d), A + ρI = L Lᵀ.
+
+    grad (out, ...) and bias_grad (out,) or None are split into the blocks of factor; each block of
+    rows has its own A. G̃ keeps the memory layout (channels_last or not) of grad.
+    """
+    blocks, d = factor.shape[:2]
+    G = grad.reshape(blocks, len(grad) // blocks, -1)
+    width = G.shape[2]
+    if bias_grad is not None:
+        G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
+    G = F.pad(G, (0, d - G.shape[2]))                         # a bias that got no gradient
+    G = torch.cholesky_solve(G.mT, factor).mT                 # (blocks, out/blocks, d)
+    new_bias = None if bias_grad is None else G[:, :, -1].flatten()
+    return torch.empty_like(grad).copy_(G[:, :, :width].reshape(grad.shape)), new_bias
+
+
+def damped_cholesky(A, damping):
+    """(6)  L with L Lᵀ = A + ρI, and for each A whether rounding forbade it.
+
+    A (..., d, d) ⪰ 0, of which only the lower triangle is read, is overwritten; damping (...). A ρ
+    that vanishes beside A's diagonal would leave the size of the step in A's null space to rounding
+    errors, even where the factorisation goes through.
+    """
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    lost = damping < torch.finfo(A.dtype).eps * diagonal.amax(-1)
+    diagonal.add_(damping.unsqueeze(-1))
+    L, info = torch.linalg.cholesky_ex(A)
+    return L, lost | (info != 0)
+
+
+def running_mean(old, batch, updates, stat_decay):
+    """(4)  The bias-corrected average after `updates` batches, in place on old.
+
+    With m_k = β m_{k−1} + (1 − β) x_k, m_0 = 0, the corrected m̂_k = m_k/(1 − βᵏ) satisfies
+    (1 − βᵏ) m̂_k = β(1 − βᵏ⁻¹) m̂_{k−1} + (1 − β) x_k = (1 − βᵏ − (1 − β)) m̂_{k−1} + (1 − β) x_k:
+    m̂_k = m̂_{k−1} + w (x_k − m̂_{k−1}), so the corrected average itself is what is stored.
+    """
+    return old.lerp_(batch, (1 - stat_decay) / (1 - stat_decay ** updates))
+
+
+def pack(A):
+    """The lower triangle, by rows: symmetric (..., d, d) to (..., d(d+1)/2).
+
+    A's leading block is a leading part of it: a border (the coordinate 1 of the bias) is one more
+    row at its end.
+    """
+    return A.flatten(-2).index_select(-1, triangle(A.shape[-1], A.device))
+
+
+def unpack(packed, d):
+    """The lower triangle (..., d, d), zero above."""
+    A = packed.new_zeros(*packed.shape[:-1], d * d)
+    return A.index_copy_(-1, triangle(d, packed.device), packed).unflatten(-1, (d, d))
+
+
+@lru_cache(maxsize=64)
+def triangle(d, device):
+    """Where the lower triangle's entries lie in a flattened d×d matrix, row after row."""
+    i, j = torch.tril_indices(d, d)
+    return (i * d + j).to(device)
+
+
+def input_gram(x):
+    """Σ [a; 1][a; 1]ᵀ over all leading dimensions of x (..., d), packed: (1, (d+1)(d+2)/2)."""
+    a = x.reshape(-1, x.shape[-1])
+    a = a.to(at_least_float32(a))
+    return bordered((a.mT @ a)[None], a.sum(0)[None], len(a))
+
+
+def bordered(A, total, rows):
+    """Σ [a; 1][a; 1]ᵀ, packed, from A = Σ a aᵀ (blocks, d, d), total = Σ a (blocks, d)."""
+    return F.pad(torch.cat([pack(A), total], 1), (0, 1), value=float(rows))
+
+
+def patch_gram(x, conv):
+    """Σ a aᵀ over all patches of a convolution: (groups, d, d), from x (B, C, H, W)."""
+    x = x.to(at_least_float32(x))
+    half = tuple(k // 2 for k in conv.kernel_size)
+    padding = {"same": half, "valid": (0, 0)}.get(conv.padding, conv.padding)
+    if conv.kernel_size == (1, 1) and padding == (0, 0):      # its patches are pixels
+        return pixel_gram(x[:, :, ::conv.stride[0], ::conv.stride[1]], conv.groups)
+    if conv.stride == conv.dilation == (1, 1) and padding == half and conv.padding_mode == "zeros" \
+            and all(k % 2 and size >= k // 2 for k, size in zip(conv.kernel_size, x.shape[2:])):
+        return shift_gram(x, *conv.kernel_size, conv.groups)
+    total, chunk = 0, max(1, CHUNK // (x[0].numel() * conv.weight[0, 0].numel()))
+    for part in x.split(chunk):
+        a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
+        a = a.unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        total = total + a @ a.mT                                    # (groups, d, b·oH·oW) each
+    return total
+
+
+def pixel_gram(x, groups):
+    """Σ a aᵀ over the pixels of x (B, C, H, W): (groups, C/groups, C/groups)."""
+    a = x.transpose(0, 1).flatten(1).unflatten(0, (groups, -1))     # (groups, C/groups, B·H·W)
+    return a @ a.mT
+
+
+def shift_gram(x, kh, kw, groups):
+    """(5)  Σ a aᵀ over the patches of a k×k convolution, zero-padded by p = (k−1)/2, stride 1.
+
+    The patch at position q has a_(c,i)(q) = x_c(q + i − p), x being zero outside the image. Were
+    the sum over all q of the plane, substituting q for q + i − p would leave only the shift j − i:
+        Σ_q a_(c,i)(q) a_(c',j)(q) = Σ_q x_c(q) x_c'(q + j − i) = R[c, c', j−i],
+    (2k−1)² numbers for a pair of channels in place of k⁴; and R is the weight gradient of a
+    convolution of x with x. The sum is over q inside the image, though. Along one axis of n pixels
+        Σ_{0 ≤ q < n} = Σ_q − Σ_{q < 0} − Σ_{q ≥ n},
+    and along two axes the product of that, nine terms. Positions q < 0 see the image with their
+    last p taps only, and only its first p pixels; positions q ≥ n with their first p. So these
+    two sums are over p positions, each with a patch of p taps formed along this axis, which then
+    count as channels. For 3×3, p = 1: the image's first or last row or column, and the corners.
+    """
+    C, c = x.shape[1], x.shape[1] // groups
+    A = x.new_zeros(C, kh, kw, c, kh, kw)
+    for rows, sign_y, i, *y in axis_terms(x, 2, kh):
+        for part, sign_x, j, *across in axis_terms(rows, 3, kw):
+            A[:, i, j, :, i, j] += sign_y * sign_x * shifted_products(part, groups, *y, *across)
+    return A.view(groups, c * kh * kw, c * kh * kw)
+
+
+def axis_terms(x, dim, k):
+    """The three sums of (5) along one axis: (image, sign, its taps, taps formed, taps to shift)."""
+    p, n = k // 2, x.shape[dim]
+    yield x, 1, slice(0, k), 1, k
+    if p:
+        zeros = torch.zeros_like(x.narrow(dim, 0, p - 1))
+        for edge, taps in (((zeros, x.narrow(dim, 0, p)), slice(p + 1, k)),          # q < 0
+                           ((x.narrow(dim, n - p, p), zeros), slice(0, p))):         # q ≥ n
+            yield torch.cat(edge, dim).unfold(dim, p, 1), -1, taps, p, 1
+
+
+def shifted_products(u, groups, my, ky, mx, kx):
+    """Σ_q u_c(q) u_c'(q + j − i) for all taps: (C, my·ky, mx·kx, C/groups, my·ky, mx·kx).
+
+    u (B, C, h, w), and after it the my and mx taps that are formed where these are not 1; along
+    each axis either the taps are formed (m of them, k = 1) or they are shifts (m = 1).
+    """
+    C, c = u.shape[1], u.shape[1] // groups
+    u = u.flatten(4).movedim(4, 2).flatten(1, 2) if u.dim() > 4 else u         # (B, C·my·mx, h, w)
+    R = conv2d_weight(u, (C * my * mx, c * my * mx, 2 * ky - 1, 2 * kx - 1), u,
+                      padding=(ky - 1, kx - 1), groups=groups)
+    R = R.view(C, my, mx, c, my, mx, 2 * ky - 1, 2 * kx - 1)
+    # for tap i, the shifts j − i for j = 0 ... k − 1 are a window that begins at −i
+    T = R.unfold(6, ky, 1).unfold(7, kx, 1).flip(6, 7)              # (..., i_y, i_x, j_y, j_x)
+    T = T.permute(0, 1, 6, 2, 7, 3, 4, 8, 5, 9)
+    return T.reshape(C, my * ky, mx * kx, c, my * ky, mx * kx)
+
+
+def patch_sum(x, conv):
+    """Σ a over a convolution's input patches, batch and positions: (groups, C/groups·kh·kw).
+
+    Patches are linear in the image, so the sum of all images' patches is that of the one summed
+    image. And tap (i, j) of channel c sums a grid of its pixels, rows i·dil + s·t and columns
+    j·dil + s·t: with R (kh, H) and C (kw, W) marking these rows and columns, it is (R x̄_c Cᵀ)_ij.
+    """
+    image = pad(x.sum(0, dtype=at_least_float32(x)), conv)                    # (C, H, W)
+    rows, cols = (taps(size, k, s, dil, image.dtype, image.device) for size, k, s, dil
+                  in zip(image.shape[1:], conv.kernel_size, conv.stride, conv.dilation))
+    return (rows @ image @ cols.mT).reshape(conv.groups, -1)                  # from (C, kh, kw)
+
+
+@lru_cache(maxsize=256)
+def taps(size, k, stride, dilation, dtype, device):
+    """(k, size) matrix of ones where tap i of a kernel of k meets pixel i·dilation + stride·t."""
+    positions = (size - dilation * (k - 1) - 1) // stride + 1
+    pixel = torch.arange(k)[:, None] * dilation + torch.arange(positions) * stride
+    return torch.zeros(k, size).scatter_(1, pixel, 1.0).to(device, dtype)
+
+
+def pad(x, conv):
+    """The padded input of a convolution, whatever the form of its padding; x (..., H, W)."""
+    if conv.padding == "valid":
+        return x
+    if conv.padding == "same":       # torch puts the odd pixel at the end
+        total = [dil * (k - 1) for dil, k in zip(conv.dilation, conv.kernel_size)]
+        (top, bottom), (left, right) = [(t // 2, t - t // 2) for t in total]
+    else:
+        (top, bottom), (left, right) = [(p, p) for p in conv.padding]
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, (left, right, top, bottom), mode=mode)
+
+
+def at_least_float32(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@contextmanager
+def full_precision(device_type):
+    """float32 products in float32: autocast, TF32 and bf16 modes off inside.
+
+    torch 2.9 gave each backend its own setting and forbids to read the old one once they differ.
+    """
+    with torch.autocast(device_type, enabled=False):
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+            before = [backend.fp32_precision for backend in backends]
+            try:
+                for backend in backends:
+                    backend.fp32_precision = "ieee"
+                yield
+            finally:
+                for backend, value in zip(backends, before):
+                    backend.fp32_precision = value
+        else:
+            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            try:
+                torch.set_float32_matmul_precision("highest")
+                torch.backends.cudnn.allow_tf32 = False
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before[0])
+                torch.backends.cudnn.allow_tf32 = before[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Capture: what each kind of module gives its layers, as lists of (sum over rows, rows).
+#    All sums carry the coordinate 1 of the bias; a layer without a bias cuts it off.
+# ---------------------------------------------------------------------------------------------
+
+def linear_or_conv(module, inputs, output):
+    """The rows of a Linear or Conv2d: Σ a aᵀ."""
+    x = inputs["input"].detach()
+    if isinstance(module, nn.Linear):
+        return [(input_gram(x), [x.numel() // x.shape[-1]])]
+    x = x if x.dim() == 4 else x[None]
+    rows = len(x) * output.shape[-2] * output.shape[-1]
+    return [(bordered(patch_gram(x, module), patch_sum(x, module), rows), [rows])]
+
+
+def multihead_attention(module, inputs, output):
+    """The rows of nn.MultiheadAttention's projections q, k, v: the tokens of their own input.
+
+    out_proj takes the plain step: it is called as no module, and what it multiplies would have to
+    be computed again from the attention scores.
+    """
+    given = [inputs[name].detach() for name in ("query", "key", "value")]
+    grams = {id(x): (input_gram(x), [x.numel() // x.shape[-1]]) for x in given}
+    ins = [grams[id(x)] for x in given]
+    if module.in_proj_weight is None:
+        return ins
+    return [(torch.cat([total for total, _ in ins]), [n for _, rows in ins for n in rows])]
+
+
+class Layer:
+    """One preconditioned weight: how its gradient is laid out, and this step's sums over rows."""
+
+    def __init__(self, name, weight, bias, how, blocks=1, bias_rows=slice(None)):
+        self.name, self.weight, self.how, self.blocks = name, weight, how, blocks
+        self.bias, self.bias_rows = bias, bias_rows      # its part of the bias, if that is shared
+        self.on = True             # does this step's batch count? Set by step(), read by the hooks
+        self.backward = None       # the backward pass that brought the latest sums
+        self.drop()
+
+    @property
+    def d(self):
+        return self.weight[0].numel() + (self.bias is not None)
+
+    @property
+    def shape(self):
+        return self.blocks, self.d * (self.d + 1) // 2
+
+    def drop(self):
+        """Forget this step's sums."""
+        self.total = torch.zeros(())
+        self.rows = torch.zeros(self.blocks, dtype=torch.float64)    # on the CPU: counts are exact
+
+    def add(self, total, rows):
+        cut = tuple(slice(n) for n in self.shape)      # the coordinate of a bias that it lacks
+        self.total = total[cut] + self.total
+        self.rows = self.rows + torch.tensor(rows)
+
+
+def known_modules(model):
+    """(name, module, its Layers) in modules() order, embeddings too."""
+    inner = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inner.add(module.out_proj)             # a Linear that is never called
+            yield name, module, attention_layers(name, module)
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            yield name, module, [Layer(name, module.weight, None, "embedding")]
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and module not in inner:
+            yield name, module, [Layer(name, module.weight, module.bias, "input covariance",
+                                       getattr(module, "groups", 1))]
+
+
+def attention_layers(name, module):
+    """in_proj_weight as three blocks, or three weights with their thirds of the bias."""
+    E, bias = module.embed_dim, module.in_proj_bias
+    if module.in_proj_weight is not None:
+        return [Layer(f"{name}.in_proj_weight", module.in_proj_weight, bias, "input covariance", 3)]
+    return [Layer(f"{name}.{x}_proj_weight", getattr(module, f"{x}_proj_weight"), bias,
+                  "input covariance", 1, slice(i * E, i * E + E)) for i, x in enumerate("qkv")]
+
+
+class Hook:
+    """Forward hook of one module; layers holds (index into its statistics, Layer).
+
+    A copied or unpickled model gets an inert one, so a copy feeds nothing.
+    """
+
+    def __init__(self, module=None, statistics=None):
+        self.module, self.statistics, self.layers = module, statistics, []
+        self.names = [] if module is None else list(inspect.signature(module.forward).parameters)
+
+    def __reduce__(self):
+        return Hook, ()
+
+    def __call__(self, module, args, kwargs, output):
+        if self.module is module and torch.is_grad_enabled() and any(x.on for _, x in self.layers):
+            self.record(args, kwargs, output)
+
+    @torch.compiler.disable
+    def record(self, args, kwargs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        layers = [(i, layer) for i, layer in self.layers if layer.on and layer.weight.requires_grad]
+        if not layers or not output.requires_grad or output.numel() == 0:
+            return
+        with torch.no_grad(), full_precision(output.device.type):
+            found = self.statistics(self.module, dict(zip(self.names, args)) | kwargs, output)
+
+        def arrived(grad):
+            # Only a forward that is backpropagated counts. Where an earlier backward pass left no
+            # gradient, zero_grad on the model has dropped it, and so are the sums that it left.
+            backward = torch._C._current_graph_task_id()
+            for i, layer in layers:
+                if layer.weight.grad is None and layer.backward != backward:
+                    layer.drop()
+                layer.backward = backward
+                layer.add(*found[i])
+        # A Linear's output on more than two dimensions is a view; an in-place activation replaces
+        # the view's history, and a hook on it would never fire. Its base sees the gradient always.
+        (output._base if output._is_view() else output).register_hook(arrived)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The optimizer
+# ---------------------------------------------------------------------------------------------
+
+OPTIONS = ("decoupled_weight_decay", "damping", "stat_decay", "tcov", "tinv")
+STATISTICS = ("covariance", "factor")
+sgd_step = inspect.unwrap(torch.optim.SGD.step)   # without the step hooks, which ours already fires
+
+
+class FOOF(torch.optim.SGD):
+    """Momentum SGD on gradients preconditioned by (3); torch's SGD in all other ways.
+
+    model: its Linear, Conv2d and nn.MultiheadAttention layers (but for its out_proj) whose weights
+        are in the parameter groups are preconditioned; all other parameters take the plain step.
+        `print(optimizer)` lists both.
+    params: tensors, (name, tensor) pairs or group dicts; default model.parameters(). A group may
+        set any of the options below for itself.
+    lr (η), momentum (μ), nesterov, weight_decay (wd), maximize, foreach, fused: torch.optim.SGD's.
+        Decay joins after preconditioning; decoupled_weight_decay takes W ← (1 − η·wd)W instead.
+    damping (ρ): > 0. Large is SGD with lr/ρ; small moves every row's outputs along their gradient.
+    stat_decay (β): in [0, 1), the weight of the past in (4).
+    tcov: every tcov steps the batch joins the average. tinv: every tinv steps what is applied is
+        refreshed from it. Both before the step is taken, beginning with the first.
+
+    Raises ValueError for an option out of range. step() raises RuntimeError if its first batch
+    passed no layer, FloatingPointError if a statistic is not finite (parameters and state stay) or
+    cannot be factored (parameters stay).
+    """
+
+    def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, nesterov=False,
+                 weight_decay=0.0, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95,
+                 tcov=5, tinv=50, maximize=False, foreach=None, fused=None):
+        self.model = model
+        self.layers, self.hooks, self.handles, self.steps, self.captured = {}, {}, [], 0, False
+        weakref.finalize(self, remove_hooks, self.handles).atexit = False
+        super().__init__(model.parameters() if params is None else params, lr=lr,
+                         momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
+                         maximize=maximize, foreach=foreach, fused=fused)
+        values = (decoupled_weight_decay, damping, stat_decay, tcov, tinv)
+        self.defaults.update(zip(OPTIONS, values))
+        for group in self.param_groups:
+            check_options(self.fill(group))
+        # fused SGD would take a GradScaler's steps itself, the skipped ones included
+        self._step_supports_amp_scaling = False
+        self.find_layers()
+        if not self.layers:
+            warnings.warn("FOOF: no Linear, Conv2d or attention weight of the model is among the "
+                          "parameters, so all of them take the plain momentum-SGD step")
+
+    def fill(self, group):
+        for name in OPTIONS:
+            group.setdefault(name, self.defaults[name])
+        return group
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        if "damping" in self.defaults:       # torch's constructor adds the first groups before that
+            check_options(self.fill(self.param_groups[-1]))
+            self.find_layers()
+
+    def find_layers(self):
+        """Hook every module with a weight in the groups; again when groups are added."""
+        given = {p for group in self.param_groups for p in group["params"]}
+        found, uses = list(known_modules(self.model)), {}
+        for *_, layers in found:
+            for layer in layers:
+                uses.setdefault(layer.weight, []).append(layer)
+        for name, module, layers in found:
+            hooked = []
+            for i, layer in enumerate(layers):
+                same = uses[layer.weight]         # of one kind, or else it takes the plain step
+                if layer.weight in given and layer.how != "embedding" \
+                        and len({(x.how, x.blocks) for x in same}) == 1:
+                    if layer.bias is not None and (layer.bias not in given or len(
+                            {x.bias for x in same}) > 1 or not layer.bias.requires_grad):
+                        layer.bias = None         # it takes the plain step, if any
+                    hooked.append((i, self.layers.setdefault(layer.weight, layer)))
+            if hooked and module not in self.hooks:
+                self.add_hook(module)
+            if hooked:
+                self.hooks[module].layers = hooked
+
+    def add_hook(self, module):
+        if isinstance(module, nn.MultiheadAttention):
+            statistics = multihead_attention
+        else:
+            statistics = linear_or_conv
+        self.hooks[module] = Hook(module, statistics)
+        self.handles.append(module.register_forward_hook(self.hooks[module], with_kwargs=True))
+
+    # ---- the step ----
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Statistics, refresh, precondition, momentum-SGD step. Afterwards p.grad is raw again."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update_statistics()
+        raw, decay = {}, []
+        try:
+            with full_precision(self.param_groups[0]["params"][0].device.type):
+                self.precondition_gradients(raw)
+            for group in self.param_groups:
+                if group["decoupled_weight_decay"]:
+                    decay.append((group, group["weight_decay"]))
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            p.mul_(1 - group["lr"] * group["weight_decay"])
+                    group["weight_decay"] = 0.0
+            sgd_step(self)                                                                 # (7)
+        finally:
+            for p, grad in raw.items():
+                p.grad = grad
+            for group, value in decay:
+                group["weight_decay"] = value
+        self.steps += 1
+        self.begin_step()
+        return loss
+
+    def begin_step(self):
+        """Tell the hooks whether the coming step's batch counts; note the step in the state."""
+        for layer, group in self.grouped():
+            layer.on = self.steps % group["tcov"] == 0
+            if layer.weight in self.state and "updates" in self.state[layer.weight]:
+                self.state[layer.weight]["step"] = self.steps
+
+    def grouped(self):
+        """(layer, its group), in an order that is the same on all ranks."""
+        return [(self.layers[p], group) for group in self.param_groups for p in group["params"]
+                if p in self.layers]
+
+    def update_statistics(self):
+        """(4) for the layers due, with the mean over the rows of all micro-batches and ranks."""
+        due = [(x, group) for x, group in self.grouped() if self.steps % group["tcov"] == 0]
+        if not due:
+            return
+        for layer, _ in due:
+            if layer.weight.grad is None:      # dropped, and no backward pass has come since
+                layer.drop()
+        means = self.pooled([layer for layer, _ in due])
+        self.captured = self.captured or any(mean is not None for mean in means)
+        if not self.captured:
+            raise RuntimeError(
+                "FOOF: step() was called, but no layer it preconditions has run and received a "
+                "gradient since the last zero_grad(). Was another model or a copy of it trained, "
+                "was the model compiled and called before FOOF was made, did zero_grad() come "
+                "between backward() and step(), or was backward() not called?")
+        for (layer, group), mean in zip(due, means):
+            state = self.state[layer.weight] if mean is not None else {}
+            if mean is None:
+                continue
+            name = "covariance"
+            state["updates"] = state.get("updates", 0) + 1
+            state[name] = running_mean(state[name], mean, state["updates"], group["stat_decay"]) \
+                if name in state else mean
+
+    def pooled(self, layers):
+        """Σ rows / number of rows, per layer; None where no rank saw any. Drops the sums.
+
+        One flat buffer for all layers, so that ranks agree by one all-reduce, and one look at the
+        buffer finds what is not finite.
+        """
+        like = max((layer.weight for layer in layers), key=lambda w: w.dtype == torch.float64)
+        flat = torch.cat(
+            [layer.total.to(like.device, at_least_float32(like)).expand(layer.shape).reshape(-1)
+             for layer in layers] + [torch.cat([layer.rows for layer in layers])
+                                     .to(at_least_float32(like)).to(like.device)])
+        for layer in layers:
+            layer.drop()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(flat)
+        counts = flat[-sum(layer.blocks for layer in layers):]
+        sums = flat[:-len(counts)].split([torch.Size(layer.shape).numel() for layer in layers])
+        if not flat.isfinite().all():
+            bad = next(x.name for x, total in zip(layers, sums) if not total.isfinite().all())
+            raise FloatingPointError(
+                f"FOOF: the inputs of layer {bad} are not finite in step {self.steps}; no "
+                "parameter was changed. Lower the learning rate, or look for the overflow that "
+                "caused it")
+        seen = counts.tolist()
+        means, start = [], 0
+        for layer, total in zip(layers, sums):
+            rows = counts[start:start + layer.blocks].view(-1, *[1] * (len(layer.shape) - 1))
+            mean = total.view(layer.shape) / rows
+            means.append(mean.to(layer.weight.device, at_least_float32(layer.weight))
+                         if seen[start] else None)
+            start += layer.blocks
+        return means
+
+    def precondition_gradients(self, raw):
+        """Replace p.grad by G̃ for every layer that has statistics; raw collects what was there."""
+        self.refresh()
+        for layer, group in self.grouped():
+            weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
+            if weight.grad is None or "updates" not in state:
+                continue
+            if bias is not None and bias.grad is None:
+                bias = None
+            dtype = at_least_float32(weight)
+            grad = weight.grad.to(dtype)
+            bias_grad = None if bias is None else bias.grad[layer.bias_rows].to(dtype)
+            new = precondition(grad, bias_grad, state["factor"])
+            raw[weight], weight.grad = weight.grad, new[0].to(weight.dtype)
+            if bias is not None:
+                if bias not in raw:          # one bias may serve three weights, a third to each
+                    raw[bias], bias.grad = bias.grad, bias.grad.clone()
+                bias.grad[layer.bias_rows] = new[1].to(bias.dtype)
+
+    def refresh(self):
+        """(6) every tinv steps, or where there is no factor yet; layers of equal shape together."""
+        stacks = {}
+        for layer, group in self.grouped():
+            state = self.state.get(layer.weight, {})
+            if "updates" in state and (self.steps % group["tinv"] == 0 or "factor" not in state):
+                A = state["covariance"]
+                stacks.setdefault((layer.d, len(A), A.dtype, A.device), []).append((layer, group))
+        for (d, blocks, *_), stack in stacks.items():
+            at_once = max(1, CHUNK // (blocks * d * d))
+            for i in range(0, len(stack), at_once):
+                self.factor(stack[i:i + at_once], d)
+
+    def factor(self, stack, d):
+        states = [self.state[layer.weight] for layer, _ in stack]
+        A = unpack(torch.stack([state["covariance"] for state in states]), d)  # (n, blocks, d, d)
+        damping = A.new_tensor([group["damping"] for _, group in stack])[:, None]
+        factors, failed = damped_cholesky(A, damping)
+        if failed.any():
+            layer, group = stack[failed.any(1).int().argmax()]
+            raise FloatingPointError(
+                f"FOOF: the input covariance of layer {layer.name} plus damping "
+                f"{group['damping']} is not positive definite to rounding; raise damping")
+        for state, factor in zip(states, factors):
+            state["factor"] = factor
+
+    # ---- the rest of torch's interface ----
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for layer in self.layers.values():
+            layer.drop()
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        # torch has cast the statistics to the weights' dtype: take them again as they were saved
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if key in STATISTICS:
+                    self.state[p][key] = value.to(p.device, at_least_float32(p), copy=True)
+        self.steps = max([state.get("step", 0) for state in self.state.values()], default=0)
+        for layer in self.layers.values():
+            layer.drop()
+        self.begin_step()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:      # a checkpoint of torch's SGD lacks our options
+            self.fill(group)
+        for name, value in dict(model=None, layers={}, hooks={}, steps=0, captured=False).items():
+            self.__dict__.setdefault(name, value)          # an unpickled optimizer has no model
+
+    def __repr__(self):
+        lines, size = [], 0
+        for layer, group in self.grouped():
+            n = layer.blocks * (layer.shape[-1] + layer.d ** 2)
+            n = n * at_least_float32(layer.weight).itemsize
+            lines.append(f"  {layer.name}: {len(layer.weight)}×{layer.d}, {layer.how}, {n:,} bytes")
+            size += n
+        done = set(self.layers) | {layer.bias for layer in self.layers.values()}
+        given = {p for group in self.param_groups for p in group["params"]} - done
+        named = self.model.named_parameters() if self.model is not None else ()
+        plain = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias")
+                              for name, p in named if p in given)
+        return "\n".join([super().__repr__(), f"preconditioned: {len(lines)} weights, "
+                          f"{size:,} bytes of statistics", *lines,
+                          "plain step: " + (", ".join(plain) or "nothing else")])
+
+
+def remove_hooks(handles):
+    """When an optimizer is gone, its hooks should cost the model nothing."""
+    for handle in handles:
+        handle.remove()
+
+
+def check_options(group):
+    """Raise ValueError, naming the argument and its value, for what the step cannot use."""
+    for name, valid, wanted in (
+            ("damping", lambda v: 0 < v < float("inf"), "a positive number"),
+            ("stat_decay", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+            ("tcov", lambda v: v >= 1 and v % 1 == 0, "a whole number of steps, 1 or more"),
+            ("tinv", lambda v: v >= 1 and v % 1 == 0, "a whole number of steps, 1 or more")):
+        if not valid(group[name]):
+            raise ValueError(f"FOOF: {name} must be {wanted}, got {group[name]}")
