@@ -305,7 +305,7 @@ def full_precision(device_type):
 
 def linear_or_conv(module, inputs, output):
     """The rows of a Linear or Conv2d: Σ a aᵀ."""
-    x = inputs["input"].detach()
+    x = next(iter(inputs.values())).detach()
     if isinstance(module, nn.Linear):
         return [(input_gram(x), [x.numel() // x.shape[-1]])]
     x = x if x.dim() == 4 else x[None]
@@ -474,9 +474,11 @@ class FOOF(torch.optim.SGD):
         return group
 
     def add_param_group(self, param_group):
+        ready = "damping" in self.defaults     # not while torch's constructor adds the first groups
+        if ready and isinstance(param_group, dict):
+            check_options(self.defaults | param_group)
         super().add_param_group(param_group)
-        if "damping" in self.defaults:       # torch's constructor adds the first groups before that
-            check_options(self.fill(self.param_groups[-1]))
+        if ready:
             self.find_layers()
 
     def find_layers(self):
@@ -485,15 +487,15 @@ class FOOF(torch.optim.SGD):
         found, uses = list(known_modules(self.model)), {}
         for *_, layers in found:
             for layer in layers:
-                uses.setdefault(layer.weight, []).append(layer)
+                uses.setdefault(layer.weight, []).append((layer.how, layer.blocks, layer.bias))
         for name, module, layers in found:
             hooked = []
             for i, layer in enumerate(layers):
                 same = uses[layer.weight]         # of one kind, or else it takes the plain step
                 if layer.weight in given and layer.how != "embedding" \
-                        and len({(x.how, x.blocks) for x in same}) == 1:
+                        and len({use[:2] for use in same}) == 1:
                     if layer.bias is not None and (layer.bias not in given or len(
-                            {x.bias for x in same}) > 1 or not layer.bias.requires_grad):
+                            {use[2] for use in same}) > 1 or not layer.bias.requires_grad):
                         layer.bias = None         # it takes the plain step, if any
                     hooked.append((i, self.layers.setdefault(layer.weight, layer)))
             if hooked and module not in self.hooks:
@@ -617,14 +619,14 @@ class FOOF(torch.optim.SGD):
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
             if weight.grad is None or "updates" not in state:
                 continue
-            if bias is not None and bias.grad is None:
-                bias = None
             dtype = at_least_float32(weight)
-            grad = weight.grad.to(dtype)
-            bias_grad = None if bias is None else bias.grad[layer.bias_rows].to(dtype)
+            grad, bias_grad = weight.grad.to(dtype), None
+            if bias is not None:                     # without a gradient of its own, it counts as 0
+                bias_grad = torch.zeros_like(bias) if bias.grad is None else bias.grad
+                bias_grad = bias_grad[layer.bias_rows].to(dtype)
             new = precondition(grad, bias_grad, state["factor"])
             raw[weight], weight.grad = weight.grad, new[0].to(weight.dtype)
-            if bias is not None:
+            if bias is not None and bias.grad is not None:
                 if bias not in raw:          # one bias may serve three weights, a third to each
                     raw[bias], bias.grad = bias.grad, bias.grad.clone()
                 bias.grad[layer.bias_rows] = new[1].to(bias.dtype)

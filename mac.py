@@ -34,7 +34,7 @@ column means of T: the attention scores enter the curvature. Averaged over batch
     symbol   in code              shape
     G        grad, bias_grad      (out, d), (out,); d = C/groups·kh·kw in convolutions, + 1 for bias
     ā        state "mean"         (blocks, d): one row per group of a convolution, three for q, k, v
-             state "applied"      the ā in use, renewed every tinv steps (absent if tcov % tinv == 0)
+             state "applied"      the ā in use, renewed every tinv steps (none if tcov % tinv == 0)
     A₁, its Cholesky factor       state "covariance", "factor": (blocks, d, d), first layer only
     ρ, β     damping, stat_decay  scalars;  k: state "updates";  η, μ: lr, momentum
     R        rows                 B (linear), B·N (tokens), B·oH·oW (patches)
@@ -172,7 +172,7 @@ def pad(x, conv):
 
 
 def patch_gram(x, conv):
-    """Σ [a; 1][a; 1]ᵀ over all patches of a convolution, a bounded chunk at a time: (groups, d, d)."""
+    """Σ [a; 1][a; 1]ᵀ over all patches of a convolution, in bounded chunks: (groups, d, d)."""
     total, chunk = 0, max(1, CHUNK // (x[0].numel() * conv.weight[0, 0].numel()))
     for part in x.to(at_least_float32(x)).split(chunk):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
@@ -262,7 +262,7 @@ def full_precision(device_type):
 
 def linear_or_conv(module, inputs, output, first=False):
     """The rows of a Linear or Conv2d: Σ a, or Σ a aᵀ for the first layer."""
-    x = inputs["input"].detach()
+    x = next(iter(inputs.values())).detach()
     if isinstance(module, nn.Linear):
         x = x.reshape(-1, x.shape[-1])
         if not first:
@@ -282,7 +282,7 @@ def fused_qkv(parent, arguments, module, inputs, output):
     arguments: the MASKS of parent.forward's call. A 3-D mask belongs to the windows of a module
     with a relative position bias, to the heads of any other.
     """
-    x = inputs["input"].detach()
+    x = next(iter(inputs.values())).detach()
     X = x.flatten(1, -2) if x.dim() > 2 else x[None]                                # (B, N, D)
     X = X.to(at_least_float32(X))
     qkv = output.detach().to(X.dtype).reshape(*X.shape[:2], 3, parent.num_heads, -1)
@@ -336,7 +336,7 @@ def multihead_attention(module, inputs, output):
         added.append(k.new_zeros(h, E // h))
     q, k = [y.unflatten(-1, (h, -1)).transpose(1, 2) for y in (q, k)]               # (B, h, N, d_h)
     mask = None if mask is None else F.pad(mask, (0, len(added)))
-    t, S = attention_sum(q, k, (E // h) ** -0.5, mask), value.shape[1]              # (B, h, S+added)
+    t, S = attention_sum(q, k, (E // h) ** -0.5, mask), value.shape[1]              # (B, h, S + …)
     attended = torch.einsum("bsd,bhs->hd", value, t[..., :S])                       # Σ Xᵀt̄_h
     heads = torch.einsum("hed,hd->he", W[2].to(dtype).view(h, E // h, -1), attended)
     for i, v in enumerate(added):
@@ -562,9 +562,11 @@ class MAC(torch.optim.SGD):
         return group
 
     def add_param_group(self, param_group):
+        ready = "damping" in self.defaults     # not while torch's constructor adds the first groups
+        if ready and isinstance(param_group, dict):
+            check_options(self.defaults | param_group)
         super().add_param_group(param_group)
-        if "damping" in self.defaults:       # torch's constructor adds the first groups before that
-            check_options(self.fill(self.param_groups[-1]))
+        if ready:
             self.find_layers()
 
     def find_layers(self):
@@ -573,16 +575,18 @@ class MAC(torch.optim.SGD):
         found, uses = list(known_modules(self.model)), {}
         for *_, layers in found:
             for layer in layers:
-                uses.setdefault(layer.weight, []).append(layer)
-        first = first_layer(found) if self.input_covariance and not self.layers else None
+                uses.setdefault(layer.weight, []).append((layer.how, layer.blocks, layer.bias))
+        first = None
+        if self.input_covariance and not any(layer.first for layer in self.layers.values()):
+            first = first_layer(found)
         for name, module, parent, layers in found:
             hooked = []
             for i, layer in enumerate(layers):
                 same = uses[layer.weight]         # of one kind, or else it takes the plain step
                 if layer.weight in given and layer.how != "embedding" \
-                        and len({(x.how, x.blocks) for x in same}) == 1:
+                        and len({use[:2] for use in same}) == 1:
                     if layer.bias is not None and (layer.bias not in given or len(
-                            {x.bias for x in same}) > 1 or not layer.bias.requires_grad):
+                            {use[2] for use in same}) > 1 or not layer.bias.requires_grad):
                         layer.bias = None         # it takes the plain step, if any
                     hooked.append((i, self.layers.setdefault(layer.weight, layer)))
             if hooked and module not in self.hooks:
@@ -719,18 +723,18 @@ class MAC(torch.optim.SGD):
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
             if weight.grad is None or "updates" not in state:
                 continue
-            if bias is not None and bias.grad is None:
-                bias = None
             dtype = at_least_float32(weight)
-            grad = weight.grad.to(dtype)
-            bias_grad = None if bias is None else bias.grad[layer.bias_rows].to(dtype)
+            grad, bias_grad = weight.grad.to(dtype), None
+            if bias is not None:                     # without a gradient of its own, it counts as 0
+                bias_grad = torch.zeros_like(bias) if bias.grad is None else bias.grad
+                bias_grad = bias_grad[layer.bias_rows].to(dtype)
             if layer.first:
                 new = precondition_first(grad, bias_grad, state["factor"], group["damping"])
             else:
                 mean = state.get("applied", state["mean"])
                 new = precondition(grad, bias_grad, mean, group["damping"])
             raw[weight], weight.grad = weight.grad, new[0].to(weight.dtype)
-            if bias is not None:
+            if bias is not None and bias.grad is not None:
                 if bias not in raw:          # one bias may serve three weights, a third to each
                     raw[bias], bias.grad = bias.grad, bias.grad.clone()
                 bias.grad[layer.bias_rows] = new[1].to(bias.dtype)
