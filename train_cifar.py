@@ -44,6 +44,7 @@ from models import CIFAR_MODELS
 # authors; the baselines and foof, kfac are the scripts in MAC's history; adafisher its paper.
 SGD = dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=5e-4)
 CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
+ADAFISHER = dict(lr=1e-3, beta=0.9, gamma=0.8, tcov=100, as_released=False)
 RECIPES = {
     "sgd": SGD,
     "adam": dict(lr=1e-3, weight_decay=5e-4),
@@ -51,10 +52,14 @@ RECIPES = {
     "mac": dict(CURVATURE, calibrate=False),
     "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
     "foof": CURVATURE,
-    "kfac": dict(CURVATURE, damping=0.03),
-    "adafisher": dict(lr=1e-3, weight_decay=5e-4, damping=1e-3, tcov=100),
-    "adafisherw": dict(lr=1e-3, weight_decay=0.01, damping=3e-3, tcov=100),
+    "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
+                 weight_sharing="expand", kl_clip=1e-3),
+    "adafisher": dict(ADAFISHER, weight_decay=5e-4, damping=1e-3),
+    "adafisherw": dict(ADAFISHER, weight_decay=0.01, damping=3e-3),
 }
+# What a recipe sets beside its optimizer.
+TRAINING = dict.fromkeys(RECIPES, dict(batch_size=128, cutout=0)) | dict.fromkeys(
+    ("adafisher", "adafisherw"), dict(batch_size=256, cutout=16))
 # A class of torch.optim, or of a file of this folder, imported when its optimizer is asked for.
 CLASSES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "mac": "MAC", "nysact": "NysAct",
            "foof": "FOOF", "kfac": "KFAC", "adafisher": "AdaFisher", "adafisherw": "AdaFisherW"}
@@ -110,7 +115,8 @@ def parse(argv):
 
     def flag(group, name, *alias, help, default=None, **kwargs):
         takers = {}              # {published value: optimizers}
-        for optim, recipe in RECIPES.items():
+        for optim in RECIPES:
+            recipe = RECIPES[optim] | TRAINING[optim]
             if name in recipe:
                 takers.setdefault(recipe[name], []).append(optim)
         shown = "; ".join(("" if value is False else f"{value} ") + "for " + ", ".join(optims)
@@ -166,10 +172,22 @@ def add_optimizer_flags(flag, group):
          "published, in place of the average during training")
     flag(group, "rank", type=COUNT, metavar="N", help="columns of the sketch")
     flag(group, "sketch", choices=("gaussian", "subcolumns"), help="kind of the sketch")
+    flag(group, "fisher", choices=("empirical", "sampled"),
+         help="from the true labels, or from labels sampled from the model")
+    flag(group, "inverse", choices=("factored", "eigen"),
+         help="damp each factor, or the Kronecker product exactly in its eigenbasis")
+    flag(group, "weight_sharing", choices=("expand", "reduce"),
+         help="positions of a map count as samples, or are averaged first")
+    flag(group, "kl_clip", type=POSITIVE, metavar="X",
+         help="bound on the change of the model's output by a step; a large one is none")
+    flag(group, "beta", type=FRACTION, metavar="X", help="decay of the first moment")
+    flag(group, "gamma", type=FRACTION, metavar="X", help="weight of the past in the factors")
+    flag(group, "as_released", action="store_true",
+         help="average and normalise as the released code does, not as the paper")
 
 
 def add_schedule_flags(flag, group):
-    flag(group, "batch_size", default=128, type=COUNT, metavar="N", help="images per step")
+    flag(group, "batch_size", type=COUNT, metavar="N", help="images per step")
     flag(group, "epoch", "--epochs", default=200, type=COUNT, metavar="N",
          help="passes over the training set")
     flag(group, "schedule", default="cosine", choices=("cosine", "multistep", "constant"),
@@ -183,7 +201,7 @@ def add_schedule_flags(flag, group):
     flag(group, "warmup", "--warmup_epochs", default=0, type=COUNT_OR_ZERO, metavar="N",
          help="epochs of linear warm-up; may be more than there are")
     flag(group, "label_smoothing", default=0.0, type=FRACTION, metavar="X", help="label smoothing")
-    flag(group, "cutout", default=0, type=COUNT_OR_ZERO, metavar="N",
+    flag(group, "cutout", type=COUNT_OR_ZERO, metavar="N",
          help="side in pixels of a square cut out of every training image")
 
 
@@ -208,11 +226,11 @@ def resolve(args, optim, seed, train_size):
     """All that decides one run: the flags as given or default, its optimizer's from the recipe."""
     config = dict(dataset=args.dataset, train_size=train_size, model=args.model, optim=optim,
                   run=seed)
-    for name, default in RECIPES[optim].items():
+    for name, default in (RECIPES[optim] | TRAINING[optim]).items():
         given = getattr(args, name)
         config[name] = default if given is None else given
-    for name in ("batch_size", "epoch", "schedule", "schedule_step", "milestones", "lr_decay",
-                 "warmup", "label_smoothing", "cutout", "amp", "channels_last", "compile"):
+    for name in ("epoch", "schedule", "schedule_step", "milestones", "lr_decay",
+                 "warmup", "label_smoothing", "amp", "channels_last", "compile"):
         config[name] = getattr(args, name)
     if config["schedule"] != "multistep":
         del config["milestones"], config["lr_decay"]
@@ -340,6 +358,8 @@ def train_epoch(model, forward, optimizer, data, config, epoch):
         optimizer.zero_grad()
         logits = forward(x)
         loss = F.cross_entropy(logits, y, label_smoothing=config["label_smoothing"])
+        if config.get("fisher") == "sampled":
+            optimizer.sample_fisher(logits)
         loss.backward()
         optimizer.step()
         total += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
