@@ -88,15 +88,14 @@ def precondition(grad, bias_grad, factor):
     grad (out, ...) and bias_grad (out,) or None are split into the blocks of factor; each block of
     rows has its own A. G̃ keeps the memory layout (channels_last or not) of grad.
     """
-    blocks, d = factor.shape[:2]
-    G = grad.reshape(blocks, len(grad) // blocks, -1)
-    width = G.shape[2]
+    blocks = len(factor)
+    G = grad.reshape(blocks, len(grad) // blocks, -1)         # (blocks, out/blocks, d)
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
-    G = F.pad(G, (0, d - G.shape[2]))                         # a bias that got no gradient
-    G = torch.cholesky_solve(G.mT, factor).mT                 # (blocks, out/blocks, d)
+    G = torch.cholesky_solve(G.mT, factor).mT
     new_bias = None if bias_grad is None else G[:, :, -1].flatten()
-    return torch.empty_like(grad).copy_(G[:, :, :width].reshape(grad.shape)), new_bias
+    G = G if bias_grad is None else G[:, :, :-1]
+    return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
 
 
 def damped_cholesky(A, damping):
