@@ -229,7 +229,9 @@ def full_precision(device_type):
                 yield
             finally:
                 for backend, value in zip(backends, before):
-                    backend.fp32_precision = value
+                    backend.fp32_precision = "none"      # inherited, unless that is another value
+                    if backend.fp32_precision != value:
+                        backend.fp32_precision = value
         else:
             before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
             try:
@@ -303,8 +305,8 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.total = torch.zeros(())
-        self.rows = torch.zeros(1, dtype=torch.float64)              # on the CPU: counts are exact
+        self.total = torch.zeros((), device="cpu")
+        self.rows = torch.zeros(1, dtype=torch.float64, device="cpu")          # exact counts
 
     def add(self, H, S, rows):
         cut = slice(self.shapes[0][1])                 # the coordinate of a bias that it lacks
@@ -438,18 +440,21 @@ class AdaFisher(torch.optim.Optimizer):
     def find_layers(self):
         """Hook every module with a weight in the groups; again when groups are added."""
         given = {p for group in self.param_groups for p in group["params"]}
-        found, uses = list(known_modules(self.model)), {}
+        found, uses, owners = list(known_modules(self.model)), {}, {}
         for *_, layers in found:
             for layer in layers:
                 uses.setdefault(layer.weight, []).append((layer.how, layer.blocks, layer.bias))
+                owners.setdefault(layer.bias, set()).add(layer.weight)
         for name, module, layers in found:
             hooked = []
             for i, layer in enumerate(layers):
                 same = uses[layer.weight]         # of one kind, or else it takes the plain step
                 if layer.weight in given and layer.how != "plain" \
                         and len({use[:2] for use in same}) == 1:
-                    if layer.bias is not None and (layer.bias not in given or len(
-                            {use[2] for use in same}) > 1 or not layer.bias.requires_grad):
+                    if layer.bias is not None and (
+                            layer.bias not in given or not layer.bias.requires_grad
+                            or len({use[2] for use in same}) > 1
+                            or len(owners.get(layer.bias, ())) > 1):
                         layer.bias = None         # it takes the plain step, if any
                     hooked.append((i, self.layers.setdefault(layer.weight, layer)))
             if hooked and module not in self.hooks:
@@ -501,7 +506,7 @@ class AdaFisher(torch.optim.Optimizer):
                 layer.drop()
         means = self.pooled([layer for layer, _ in due])
         self.captured = self.captured or any(mean is not None for mean in means)
-        if not self.captured:
+        if not self.captured and any(layer.weight.requires_grad for layer, _ in due):
             raise RuntimeError(
                 "AdaFisher: step() was called, but no layer it preconditions has run and received "
                 "a gradient since the last zero_grad(). Was another model or a copy of it trained, "

@@ -102,11 +102,11 @@ def damped_cholesky(A, damping):
     """(6)  L with L Lᵀ = A + ρI, and for each A whether rounding forbade it.
 
     A (..., d, d) ⪰ 0, of which only the lower triangle is read, is overwritten; damping (...). A ρ
-    that vanishes beside A's diagonal would leave the size of the step in A's null space to rounding
-    errors, even where the factorisation goes through.
+    that vanishes beside A's trace, hence maybe beside λ₁(A), would leave the size of the step in
+    A's null space to rounding errors, even where the factorisation goes through.
     """
     diagonal = A.diagonal(dim1=-2, dim2=-1)
-    lost = damping < torch.finfo(A.dtype).eps * diagonal.amax(-1)
+    lost = damping < torch.finfo(A.dtype).eps * diagonal.sum(-1)
     diagonal.add_(damping.unsqueeze(-1))
     L, info = torch.linalg.cholesky_ex(A)
     return L, lost | (info != 0)
@@ -137,11 +137,10 @@ def unpack(packed, d):
     return A.index_copy_(-1, triangle(d, packed.device), packed).unflatten(-1, (d, d))
 
 
-@lru_cache(maxsize=64)
 def triangle(d, device):
     """Where the lower triangle's entries lie in a flattened d×d matrix, row after row."""
-    i, j = torch.tril_indices(d, d)
-    return (i * d + j).to(device)
+    i, j = torch.tril_indices(d, d, device=device)
+    return i * d + j
 
 
 def input_gram(x):
@@ -166,7 +165,8 @@ def patch_gram(x, conv):
     if conv.stride == conv.dilation == (1, 1) and padding == half and conv.padding_mode == "zeros" \
             and all(k % 2 and size >= k // 2 for k, size in zip(conv.kernel_size, x.shape[2:])):
         return shift_gram(x, *conv.kernel_size, conv.groups)
-    total, chunk = 0, max(1, CHUNK // (x[0].numel() * conv.weight[0, 0].numel()))
+    patches = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
+    total, chunk = 0, max(1, CHUNK // max(1, patches))
     for part in x.split(chunk):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
         a = a.unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
@@ -285,7 +285,9 @@ def full_precision(device_type):
                 yield
             finally:
                 for backend, value in zip(backends, before):
-                    backend.fp32_precision = value
+                    backend.fp32_precision = "none"      # inherited, unless that is another value
+                    if backend.fp32_precision != value:
+                        backend.fp32_precision = value
         else:
             before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
             try:
@@ -318,9 +320,9 @@ def multihead_attention(module, inputs, output):
     out_proj takes the plain step: it is called as no module, and what it multiplies would have to
     be computed again from the attention scores.
     """
-    given = [inputs[name].detach() for name in ("query", "key", "value")]
-    grams = {id(x): (input_gram(x), [x.numel() // x.shape[-1]]) for x in given}
-    ins = [grams[id(x)] for x in given]
+    given = [inputs[name] for name in ("query", "key", "value")]
+    grams = {x: (input_gram(x), [x.numel() // x.shape[-1]]) for x in dict.fromkeys(given)}
+    ins = [grams[x] for x in given]
     if module.in_proj_weight is None:
         return ins
     return [(torch.cat([total for total, _ in ins]), [n for _, rows in ins for n in rows])]
@@ -346,13 +348,13 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.total = torch.zeros(())
-        self.rows = torch.zeros(self.blocks, dtype=torch.float64)    # on the CPU: counts are exact
+        self.total = torch.zeros((), device="cpu")
+        self.rows = torch.zeros(self.blocks, dtype=torch.float64, device="cpu")    # exact counts
 
     def add(self, total, rows):
         cut = tuple(slice(n) for n in self.shape)      # the coordinate of a bias that it lacks
         self.total = total[cut] + self.total
-        self.rows = self.rows + torch.tensor(rows)
+        self.rows = self.rows + torch.tensor(rows, device="cpu")
 
 
 def known_modules(model):
@@ -483,18 +485,22 @@ class FOOF(torch.optim.SGD):
     def find_layers(self):
         """Hook every module with a weight in the groups; again when groups are added."""
         given = {p for group in self.param_groups for p in group["params"]}
-        found, uses = list(known_modules(self.model)), {}
+        found, uses, owners = list(known_modules(self.model)), {}, {}
         for *_, layers in found:
             for layer in layers:
                 uses.setdefault(layer.weight, []).append((layer.how, layer.blocks, layer.bias))
+                if layer.bias_rows == slice(None):     # the thirds of an attention's are disjoint
+                    owners.setdefault(layer.bias, set()).add(layer.weight)
         for name, module, layers in found:
             hooked = []
             for i, layer in enumerate(layers):
                 same = uses[layer.weight]         # of one kind, or else it takes the plain step
                 if layer.weight in given and layer.how != "embedding" \
                         and len({use[:2] for use in same}) == 1:
-                    if layer.bias is not None and (layer.bias not in given or len(
-                            {use[2] for use in same}) > 1 or not layer.bias.requires_grad):
+                    if layer.bias is not None and (
+                            layer.bias not in given or not layer.bias.requires_grad
+                            or len({use[2] for use in same}) > 1
+                            or len(owners.get(layer.bias, ())) > 1):
                         layer.bias = None         # it takes the plain step, if any
                     hooked.append((i, self.layers.setdefault(layer.weight, layer)))
             if hooked and module not in self.hooks:
@@ -522,7 +528,7 @@ class FOOF(torch.optim.SGD):
         self.update_statistics()
         raw, decay = {}, []
         try:
-            with full_precision(self.param_groups[0]["params"][0].device.type):
+            with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
                 self.precondition_gradients(raw)
             for group in self.param_groups:
                 if group["decoupled_weight_decay"]:
@@ -563,7 +569,7 @@ class FOOF(torch.optim.SGD):
                 layer.drop()
         means = self.pooled([layer for layer, _ in due])
         self.captured = self.captured or any(mean is not None for mean in means)
-        if not self.captured:
+        if not self.captured and any(layer.weight.requires_grad for layer, _ in due):
             raise RuntimeError(
                 "FOOF: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "

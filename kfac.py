@@ -51,8 +51,8 @@ of its first tensor ('samples'), or of the first two dimensions of it ('tokens')
     λ, β, κ  damping, stat_decay, kl_clip  scalars;  k: state "updates";  η, μ: lr, momentum
 
 COST per layer: statistics 2·R·(d² + out²) for R rows every tcov steps (less by (8)), factors
-(d³ + out³)/3 every tinv steps (eigen: 30 times that), application 2·out·d·(d + out) per step (eigen
-twice that), state 1.5·(d² + out²) numbers. Ranks divide the factorisations among them.
+(d³ + out³)/3 every tinv steps (eigen: about ten times that), application 2·out·d·(d + out) per
+step (eigen twice that), state 1.5·(d² + out²) numbers. Ranks divide the factorisations.
 
 THROWN AWAY: what couples layers; all correlation of inputs with output gradients; with 'expand',
 that of positions with each other.
@@ -63,7 +63,7 @@ ERRATA, against released implementations (the baselines of later papers), in whi
  - one `stat_decay` weighs the new batch in K-FAC and the old average elsewhere; damping is added in
    place to the running factor; averages begin at the identity; the KL clip uses the first lr only;
  - "K-FAC" with spatially averaged factors ('reduce' with P short of S²) carries no label;
- - all ranks repeat all factorisations, or statistics differ among ranks.
+ - most repeat all factorisations on all ranks, or let statistics differ among ranks.
 Norm layers, embeddings and nn.MultiheadAttention take the plain step; a fused qkv is one Linear.
 
 USAGE
@@ -136,7 +136,7 @@ def damped_cholesky(A, damping):
     rounding errors, even where the factorisation goes through.
     """
     diagonal = A.diagonal(dim1=-2, dim2=-1)
-    lost = damping < torch.finfo(A.dtype).eps * diagonal.amax(-1)
+    lost = damping < torch.finfo(A.dtype).eps * diagonal.sum(-1)
     diagonal.add_(damping.unsqueeze(-1))
     L, info = torch.linalg.cholesky_ex(A)
     return L, lost | (info != 0)
@@ -199,11 +199,10 @@ def unpack(packed, d):
     return A.index_copy_(-1, triangle(d, packed.device), packed).unflatten(-1, (d, d))
 
 
-@lru_cache(maxsize=64)
 def triangle(d, device):
     """Where the lower triangle's entries lie in a flattened d×d matrix, row after row."""
-    i, j = torch.tril_indices(d, d)
-    return (i * d + j).to(device)
+    i, j = torch.tril_indices(d, d, device=device)
+    return i * d + j
 
 
 def input_gram(x):
@@ -228,7 +227,8 @@ def patch_gram(x, conv):
     if conv.stride == conv.dilation == (1, 1) and padding == half and conv.padding_mode == "zeros" \
             and all(k % 2 and size >= k // 2 for k, size in zip(conv.kernel_size, x.shape[2:])):
         return shift_gram(x, *conv.kernel_size, conv.groups)
-    total, chunk = 0, max(1, CHUNK // (x[0].numel() * conv.weight[0, 0].numel()))
+    patches = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
+    total, chunk = 0, max(1, CHUNK // max(1, patches))
     for part in x.split(chunk):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
         a = a.unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
@@ -334,6 +334,16 @@ def pad(x, conv):
     return F.pad(x, (left, right, top, bottom), mode=mode)
 
 
+def draw_labels(logits):
+    """(1)  One label per row of logits (N, classes), from softmax(logits).
+
+    argmax of p/E, with E exponential, has the law p. Unlike torch.multinomial it lets a nan pass,
+    which step() reports with the layer's name, or which a GradScaler skips.
+    """
+    p = logits.softmax(1)
+    return (p / torch.empty_like(p).exponential_()).argmax(1)
+
+
 def at_least_float32(x):
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -355,7 +365,9 @@ def full_precision(device_type):
                 yield
             finally:
                 for backend, value in zip(backends, before):
-                    backend.fp32_precision = value
+                    backend.fp32_precision = "none"      # inherited, unless that is another value
+                    if backend.fp32_precision != value:
+                        backend.fp32_precision = value
         else:
             before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
             try:
@@ -421,8 +433,8 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.total = torch.zeros(())
-        self.rows = torch.zeros(self.blocks, dtype=torch.float64)    # on the CPU: counts are exact
+        self.total = torch.zeros((), device="cpu")
+        self.rows = torch.zeros(self.blocks, dtype=torch.float64, device="cpu")    # exact counts
         self.calls = {}            # of the model, behind these sums: their loss terms
         if self.outputs is not None:
             self.outputs.drop()
@@ -430,7 +442,7 @@ class Layer:
     def add(self, total, rows):
         cut = tuple(slice(n) for n in self.shape)      # the coordinate of a bias that it lacks
         self.total = total[cut] + self.total
-        self.rows = self.rows + torch.tensor(rows)
+        self.rows = self.rows + torch.tensor(rows, device="cpu")
 
 
 class OutputSide(Layer):
@@ -543,7 +555,7 @@ class Calls:
 
     @torch.compiler.disable
     def begin(self, args, kwargs):
-        x = next((x for x in (*args, *kwargs.values()) if torch.is_tensor(x)), None)
+        x = next((x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.dim()), None)
         terms = 0
         if x is not None:
             terms = len(x) * x.shape[1] if self.tokens and x.dim() > 1 else len(x)
@@ -552,7 +564,7 @@ class Calls:
 
     def forget(self):
         """Drop what a step left over; the tape holds the graph."""
-        self.missed = False
+        self.missed, self.call = False, Call(0, 1.0)
         if self.tape is not None:
             self.tape = []
 
@@ -619,7 +631,7 @@ class KFAC(torch.optim.SGD):
         self.find_layers()
         if not self.layers:
             warnings.warn("KFAC: no Linear or Conv2d weight of the model is among the parameters, "
-                          " so all of them take the plain momentum-SGD step")
+                          "so all of them take the plain momentum-SGD step")
 
     def fill(self, group):
         for name in OPTIONS:
@@ -637,18 +649,22 @@ class KFAC(torch.optim.SGD):
     def find_layers(self):
         """Hook every module with a weight in the groups; again when groups are added."""
         given = {p for group in self.param_groups for p in group["params"]}
-        found, uses = list(known_modules(self.model)), {}
+        found, uses, owners = list(known_modules(self.model)), {}, {}
         for *_, layers in found:
             for layer in layers:
                 uses.setdefault(layer.weight, []).append((layer.how, layer.blocks, layer.bias))
+                if layer.bias_rows == slice(None):     # the thirds of an attention's are disjoint
+                    owners.setdefault(layer.bias, set()).add(layer.weight)
         for name, module, layers in found:
             hooked = []
             for i, layer in enumerate(layers):
                 same = uses[layer.weight]         # of one kind, or else it takes the plain step
                 if layer.weight in given and layer.how != "embedding" \
                         and len({use[:2] for use in same}) == 1:
-                    if layer.bias is not None and (layer.bias not in given or len(
-                            {use[2] for use in same}) > 1 or not layer.bias.requires_grad):
+                    if layer.bias is not None and (
+                            layer.bias not in given or not layer.bias.requires_grad
+                            or len({use[2] for use in same}) > 1
+                            or len(owners.get(layer.bias, ())) > 1):
                         layer.bias = None         # it takes the plain step, if any
                     layer.outputs = OutputSide(name, layer.weight, None, layer.how, layer.blocks)
                     hooked.append((i, self.layers.setdefault(layer.weight, layer)))
@@ -675,7 +691,7 @@ class KFAC(torch.optim.SGD):
         self.update_statistics()
         raw, decay = {}, []
         try:
-            with full_precision(self.param_groups[0]["params"][0].device.type):
+            with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
                 self.precondition_gradients(raw)
             for group in self.param_groups:
                 if group["decoupled_weight_decay"]:
@@ -717,17 +733,21 @@ class KFAC(torch.optim.SGD):
             if layer.weight.grad is None:      # dropped, and no backward pass has come since
                 layer.drop()
         terms = sum({call: n for layer, _ in due for call, n in layer.calls.items()}.values())
-        if self.calls.missed or not terms and any(layer.rows.any() for layer, _ in due):
-            raise RuntimeError(
-                "KFAC: fisher='sampled' needs sample_fisher(logits) before each loss.backward(), and "
-                "activation checkpointing without reentrance"
-                if self.calls.missed else "KFAC: the number of loss terms is taken from a call of "
-                "the model with a tensor, but only its parts were called, or with no tensor")
+        missed = self.calls.missed
+        failed = missed or not terms and any(layer.rows.any() for layer, _ in due)
         for layer, _ in due:
             layer.outputs.rows.fill_(terms)
-        means, terms = self.pooled([side for layer, _ in due for side in (layer, layer.outputs)])
+        means, terms, failed = self.pooled(
+            [side for layer, _ in due for side in (layer, layer.outputs)], failed)
+        if failed:                             # on this rank or another: all raise, none waits
+            raise RuntimeError(
+                "KFAC: fisher='sampled' needs sample_fisher(logits) before each loss.backward(), "
+                "and activation checkpointing with use_reentrant=False"
+                if self.fisher == "sampled" else
+                "KFAC: the number of loss terms is taken from a call of the model with a tensor, "
+                "but only its parts were called, or with no tensor")
         self.captured = self.captured or any(mean is not None for mean in means)
-        if not self.captured:
+        if not self.captured and any(layer.weight.requires_grad for layer, _ in due):
             raise RuntimeError(
                 "KFAC: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "
@@ -744,10 +764,10 @@ class KFAC(torch.optim.SGD):
                 state[name] = mean if name not in state else running_mean(
                     state[name], mean, state["updates"], group["stat_decay"])
 
-    def pooled(self, layers):
+    def pooled(self, layers, failed):
         """Σ rows / number of rows, per layer; None where no rank saw any. Drops the sums.
 
-        And the number of rows of the last one.
+        And the number of rows of the last one, and on how many ranks something failed.
 
         One flat buffer for all layers, so that ranks agree by one all-reduce, and one look at the
         buffer finds what is not finite.
@@ -755,12 +775,14 @@ class KFAC(torch.optim.SGD):
         like = max((layer.weight for layer in layers), key=lambda w: w.dtype == torch.float64)
         flat = torch.cat(
             [layer.total.to(like.device, at_least_float32(like)).expand(layer.shape).reshape(-1)
-             for layer in layers] + [torch.cat([layer.rows for layer in layers])
+             for layer in layers] + [torch.cat([*(layer.rows for layer in layers),
+                                                torch.tensor([failed], device="cpu")])
                                      .to(at_least_float32(like)).to(like.device)])
         for layer in layers:
             layer.drop()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
+        flat, failed = flat[:-1], flat[-1].item()
         counts = flat[-sum(layer.blocks for layer in layers):]
         sums = flat[:-len(counts)].split([torch.Size(layer.shape).numel() for layer in layers])
         if not flat.isfinite().all():
@@ -777,7 +799,7 @@ class KFAC(torch.optim.SGD):
             means.append(mean.to(layer.weight.device, at_least_float32(layer.weight))
                          if seen[start] else None)
             start += layer.blocks
-        return means, seen[-1]
+        return means, seen[-1], failed
 
     def precondition_gradients(self, raw):
         """Replace p.grad by G̃ for every layer that has statistics; raw collects what was there."""
@@ -906,8 +928,7 @@ class KFAC(torch.optim.SGD):
         logits = logits.reshape(-1, logits.shape[-1])
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(at_least_float32(logits))
-            labels = torch.multinomial(logits.detach().softmax(1), 1).squeeze(1)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            loss = F.cross_entropy(logits, draw_labels(logits.detach()), reduction="sum")
         self.calls.sampling = True
         try:
             grads = torch.autograd.grad(loss, [edge for edge, *_ in tape], retain_graph=True,
@@ -927,6 +948,7 @@ class KFAC(torch.optim.SGD):
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
+        self.calls.missed = False
         for layer in self.layers.values():
             layer.drop()
 
@@ -948,7 +970,8 @@ class KFAC(torch.optim.SGD):
         for group in self.param_groups:      # a checkpoint of torch's SGD lacks our options
             self.fill(group)
         for name, value in dict(model=None, layers={}, hooks={}, calls=Calls(), steps=0,
-                                captured=False).items():
+                                captured=False, inverse="factored", kl_clip=None,
+                                fisher="empirical", reduce=False).items():
             self.__dict__.setdefault(name, value)          # an unpickled optimizer has no model
 
     def __repr__(self):

@@ -39,8 +39,9 @@ column means of T: the attention scores enter the curvature. Averaged over batch
     ρ, β     damping, stat_decay  scalars;  k: state "updates";  η, μ: lr, momentum
     R        rows                 B (linear), B·N (tokens), B·oH·oW (patches)
 
-COST per layer: statistic O(numel of the input) every tcov steps, application 4·out·d per step (SGD
-touches the same out·d numbers), state 2d numbers. No d×d matrix but A₁.
+COST per layer: statistic O(numel of the input) every tcov steps (first layer 2·R·d²; attention its
+scores once more, 2·B·N²·D), application 4·out·d per step (SGD touches the same out·d numbers),
+state 2d numbers. No d×d matrix but A₁.
 
 THROWN AWAY: everything of A but its mean direction (‖Σ‖ is 0.2 to 0.9 of ‖ā‖² in early layers of a
 ResNet-20, so this is not small), and all of P.
@@ -86,7 +87,7 @@ def precondition(grad, bias_grad, mean, damping):
 
     grad (out, ...) and bias_grad (out,) or None are split into the blocks of mean (blocks, d); each
     block of rows has its own ā = [a; α], where α is the bias coordinate (1, or less where attention
-    weight falls on added keys). Gā = G_W a + g_b α; then G_W − (Gā/s) aᵀ and g_b − (Gā/s) α.
+    falls on added keys, or on none). Gā = G_W a + g_b α; then G_W − (Gā/s) aᵀ and g_b − (Gā/s) α.
     """
     blocks = len(mean)
     G = grad.unflatten(0, (blocks, -1))                       # (blocks, out/blocks, ...)
@@ -118,10 +119,10 @@ def precondition_first(grad, bias_grad, factor, damping):
 def damped_cholesky(A, damping):
     """L with L Lᵀ = A + ρI for A (blocks, d, d) ⪰ 0, and per block whether rounding forbade it.
 
-    A ρ that vanishes beside A's diagonal would leave the size of the step in A's null space to
-    rounding errors, even where the factorisation goes through.
+    A ρ that vanishes beside A's trace, hence maybe beside λ₁(A), would leave the size of the step
+    in A's null space to rounding errors, even where the factorisation goes through.
     """
-    lost = damping < torch.finfo(A.dtype).eps * A.diagonal(dim1=-2, dim2=-1).amax(-1)
+    lost = damping < torch.finfo(A.dtype).eps * A.diagonal(dim1=-2, dim2=-1).sum(-1)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     L, info = torch.linalg.cholesky_ex(A + damping * eye)
     return L, lost | (info != 0)
@@ -173,7 +174,8 @@ def pad(x, conv):
 
 def patch_gram(x, conv):
     """Σ [a; 1][a; 1]ᵀ over all patches of a convolution, in bounded chunks: (groups, d, d)."""
-    total, chunk = 0, max(1, CHUNK // (x[0].numel() * conv.weight[0, 0].numel()))
+    patches = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
+    total, chunk = 0, max(1, CHUNK // max(1, patches))
     for part in x.to(at_least_float32(x)).split(chunk):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
         a = F.pad(a.unflatten(1, (conv.groups, -1)), (0, 0, 0, 1), value=1.0)
@@ -243,7 +245,9 @@ def full_precision(device_type):
                 yield
             finally:
                 for backend, value in zip(backends, before):
-                    backend.fp32_precision = value
+                    backend.fp32_precision = "none"      # inherited, unless that is another value
+                    if backend.fp32_precision != value:
+                        backend.fp32_precision = value
         else:
             before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
             try:
@@ -299,6 +303,10 @@ def fused_qkv(parent, arguments, module, inputs, output):
         mask = mask[:, None]                                                        # (M, 1, N, N)
     elif mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
+    if mask is not None and (mask.shape[-1] != X.shape[1] or mask.shape[-2] not in (1, X.shape[1])):
+        raise ValueError(
+            f"MAC: an attention mask for {X.shape[1]} tokens must be (queries, keys), (heads, "
+            f"queries, keys) or (batch, heads, queries, keys), got {tuple(mask.shape)}")
     causal = arguments["is_causal"]
     causal = getattr(parent, "is_causal", False) if causal is None else causal
     t = attention_sum(q, k, q.shape[-1] ** -0.5 if scale is None else scale, mask, causal, bias)
@@ -392,13 +400,13 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.total = torch.zeros(())
-        self.rows = torch.zeros(self.blocks, dtype=torch.float64)    # on the CPU: counts are exact
+        self.total = torch.zeros((), device="cpu")
+        self.rows = torch.zeros(self.blocks, dtype=torch.float64, device="cpu")    # exact counts
 
     def add(self, total, rows):
         cut = tuple(slice(n) for n in self.shape)      # the coordinate of a bias that it lacks
         self.total = total[cut] + self.total
-        self.rows = self.rows + torch.tensor(rows)
+        self.rows = self.rows + torch.tensor(rows, device="cpu")
 
 
 def known_modules(model):
@@ -487,7 +495,7 @@ class Hook:
 class Arguments:
     """Forward pre-hook of an attention module: keeps the masks of its call for the qkv hook.
 
-    And not the input, which would keep its graph alive.
+    And not the input, nor a mask's graph, which would stay alive.
     """
 
     def __init__(self, module=None, layer=None):
@@ -504,7 +512,9 @@ class Arguments:
     @torch.compiler.disable
     def keep(self, args, kwargs):
         given = dict(zip(self.names, args)) | kwargs
-        self.arguments.update((name, given.get(name)) for name in MASKS)
+        for name in MASKS:
+            x = given.get(name)
+            self.arguments[name] = x.detach() if torch.is_tensor(x) else x
 
 
 # ---------------------------------------------------------------------------------------------
@@ -533,7 +543,8 @@ class MAC(torch.optim.SGD):
     input_covariance: the first layer by (5); False: by (3) like the others.
 
     Raises ValueError for an option out of range. step() raises RuntimeError if its first batch
-    passed no layer, FloatingPointError if a statistic is not finite; parameters and state stay.
+    passed no layer, FloatingPointError if a statistic is not finite (parameters and state stay) or
+    the input covariance cannot be factored (parameters stay).
     """
 
     def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, nesterov=False,
@@ -572,10 +583,12 @@ class MAC(torch.optim.SGD):
     def find_layers(self):
         """Hook every module with a weight in the groups; again when groups are added."""
         given = {p for group in self.param_groups for p in group["params"]}
-        found, uses = list(known_modules(self.model)), {}
+        found, uses, owners = list(known_modules(self.model)), {}, {}
         for *_, layers in found:
             for layer in layers:
                 uses.setdefault(layer.weight, []).append((layer.how, layer.blocks, layer.bias))
+                if layer.bias_rows == slice(None):     # the thirds of an attention's are disjoint
+                    owners.setdefault(layer.bias, set()).add(layer.weight)
         first = None
         if self.input_covariance and not any(layer.first for layer in self.layers.values()):
             first = first_layer(found)
@@ -585,8 +598,10 @@ class MAC(torch.optim.SGD):
                 same = uses[layer.weight]         # of one kind, or else it takes the plain step
                 if layer.weight in given and layer.how != "embedding" \
                         and len({use[:2] for use in same}) == 1:
-                    if layer.bias is not None and (layer.bias not in given or len(
-                            {use[2] for use in same}) > 1 or not layer.bias.requires_grad):
+                    if layer.bias is not None and (
+                            layer.bias not in given or not layer.bias.requires_grad
+                            or len({use[2] for use in same}) > 1
+                            or len(owners.get(layer.bias, ())) > 1):
                         layer.bias = None         # it takes the plain step, if any
                     hooked.append((i, self.layers.setdefault(layer.weight, layer)))
             if hooked and module not in self.hooks:
@@ -627,7 +642,7 @@ class MAC(torch.optim.SGD):
         self.update_statistics()
         raw, decay = {}, []
         try:
-            with full_precision(self.param_groups[0]["params"][0].device.type):
+            with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
                 self.precondition_gradients(raw)
             for group in self.param_groups:
                 if group["decoupled_weight_decay"]:
@@ -668,7 +683,7 @@ class MAC(torch.optim.SGD):
                 layer.drop()
         means = self.pooled([layer for layer, _ in due])
         self.captured = self.captured or any(mean is not None for mean in means)
-        if not self.captured:
+        if not self.captured and any(layer.weight.requires_grad for layer, _ in due):
             raise RuntimeError(
                 "MAC: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "
@@ -773,6 +788,11 @@ class MAC(torch.optim.SGD):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key in STATISTICS:
                     self.state[p][key] = value.to(p.device, at_least_float32(p), copy=True)
+        for layer, _ in self.grouped():
+            state = self.state.get(layer.weight, {})
+            if "updates" in state and ("covariance" if layer.first else "mean") not in state:
+                raise ValueError(f"MAC: the checkpoint's statistics of layer {layer.name} are of "
+                                 "another kind; was it saved with another input_covariance?")
         self.steps = max([state.get("step", 0) for state in self.state.values()], default=0)
         for layer in self.layers.values():
             layer.drop()
@@ -833,6 +853,9 @@ class MAC(torch.optim.SGD):
                     model(x.to(layer.weight.device))
                 except Found:
                     pass
+        except BaseException:
+            layer.drop()
+            raise
         finally:
             handle.remove()
             for buffer, value in buffers:

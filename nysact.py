@@ -125,10 +125,10 @@ def precondition_exact(grad, bias_grad, factor):
 def damped_cholesky(A, damping):
     """L with L Lᵀ = A + ρI for A (blocks, d, d) ⪰ 0, and per block whether rounding forbade it.
 
-    A ρ that vanishes beside A's diagonal would leave the size of the step in A's null space to
-    rounding errors, even where the factorisation goes through.
+    A ρ that vanishes beside A's trace, hence maybe beside λ₁(A), would leave the size of the step
+    in A's null space to rounding errors, even where the factorisation goes through.
     """
-    lost = damping < torch.finfo(A.dtype).eps * A.diagonal(dim1=-2, dim2=-1).amax(-1)
+    lost = damping < torch.finfo(A.dtype).eps * A.diagonal(dim1=-2, dim2=-1).sum(-1)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     L, info = torch.linalg.cholesky_ex(A + damping * eye)
     return L, lost | (info != 0)
@@ -252,7 +252,9 @@ def full_precision(device_type):
                 yield
             finally:
                 for backend, value in zip(backends, before):
-                    backend.fp32_precision = value
+                    backend.fp32_precision = "none"      # inherited, unless that is another value
+                    if backend.fp32_precision != value:
+                        backend.fp32_precision = value
         else:
             before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
             try:
@@ -324,12 +326,12 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.total = torch.zeros(())
-        self.rows = torch.zeros(self.blocks, dtype=torch.float64)    # on the CPU: counts are exact
+        self.total = torch.zeros((), device="cpu")
+        self.rows = torch.zeros(self.blocks, dtype=torch.float64, device="cpu")    # exact counts
 
     def add(self, total, rows):
         self.total = total + self.total
-        self.rows = self.rows + torch.tensor(rows)
+        self.rows = self.rows + torch.tensor(rows, device="cpu")
 
 
 def known_modules(model):
@@ -466,10 +468,12 @@ class NysAct(torch.optim.SGD):
     def find_layers(self):
         """Hook every module with a weight in the groups; again when groups are added."""
         given = {p for group in self.param_groups for p in group["params"]}
-        found, uses = list(known_modules(self.model)), {}
+        found, uses, owners = list(known_modules(self.model)), {}, {}
         for *_, layers in found:
             for layer in layers:
                 uses.setdefault(layer.weight, []).append((layer.how, layer.blocks, layer.bias))
+                if layer.bias_rows == slice(None):     # the thirds of an attention's are disjoint
+                    owners.setdefault(layer.bias, set()).add(layer.weight)
                 layer.place = len(uses)           # however the parameters are grouped
         for name, module, layers in found:
             hooked = []
@@ -477,8 +481,10 @@ class NysAct(torch.optim.SGD):
                 same = uses[layer.weight]         # of one kind, or else it takes the plain step
                 if layer.weight in given and layer.how != "embedding" \
                         and len({use[:2] for use in same}) == 1:
-                    if layer.bias is not None and (layer.bias not in given or len(
-                            {use[2] for use in same}) > 1 or not layer.bias.requires_grad):
+                    if layer.bias is not None and (
+                            layer.bias not in given or not layer.bias.requires_grad
+                            or len({use[2] for use in same}) > 1
+                            or len(owners.get(layer.bias, ())) > 1):
                         layer.bias = None         # it takes the plain step, if any
                     hooked.append((i, self.layers.setdefault(layer.weight, layer)))
             if hooked and module not in self.hooks:
@@ -509,7 +515,7 @@ class NysAct(torch.optim.SGD):
         self.update_statistics()
         raw, decay = {}, []
         try:
-            with full_precision(self.param_groups[0]["params"][0].device.type):
+            with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
                 self.precondition_gradients(raw)
             for group in self.param_groups:
                 if group["decoupled_weight_decay"]:
@@ -550,7 +556,7 @@ class NysAct(torch.optim.SGD):
                 layer.drop()
         means = self.pooled([layer for layer, _ in due])
         self.captured = self.captured or any(mean is not None for mean in means)
-        if not self.captured:
+        if not self.captured and any(layer.weight.requires_grad for layer, _ in due):
             raise RuntimeError(
                 "NysAct: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "

@@ -698,6 +698,15 @@ def check_fused(name, module, x, *args, **kwargs):
     close(f"(1) proj: {name}", optimizer.state[module.proj.weight]["mean"], out, 1e-12)
 
 
+def test_mac_attention_padding_mask():
+    """A mask that is none of the known forms is refused, and not read as something else."""
+    net = FusedAttention(4, 2).double()
+    optimizer = MAC(net)
+    raises(ValueError, ["mask", "(3, 4)"], lambda: net(
+        randn(3, 5, 4), attn_mask=torch.ones(3, 4, dtype=torch.bool)))
+    assert optimizer.layers            # whose hook spoke; without the optimizer it would be gone
+
+
 def test_mac_attention_fused():
     """The modules that timm and this project have, through the optimizer, against autograd."""
     torch.manual_seed(0)
@@ -1045,6 +1054,26 @@ def test_mac_layer_that_rests():
     assert len(means) == 2
 
 
+def test_mac_statistics_only_when_due():
+    """Between the updates the hooks compute nothing: the step costs what SGD's costs."""
+    computed, names = [], ("input_sum", "patch_sum", "patch_gram", "attention_sum")
+    kept = {name: getattr(mac, name) for name in names}
+    net = make_net()
+    optimizer = MAC(net, tcov=3, tinv=2)
+    try:
+        for name in names:
+            setattr(mac, name,
+                    lambda *args, name=name: (computed.append(name), kept[name](*args))[1])
+        for step, batch in enumerate(make_data(7)):
+            computed.clear()
+            usual(net, optimizer, [batch])
+            assert bool(computed) == (step % 3 == 0), (step, computed)
+            assert set(computed) == set(names) or step % 3, computed
+    finally:
+        for name in names:
+            setattr(mac, name, kept[name])
+
+
 def test_mac_state_size():
     """Two vectors for each layer, one if tcov is a multiple of tinv; print() tells the bytes."""
     for options, factor in ((dict(tcov=2, tinv=3), 2), (dict(tcov=3, tinv=3), 1),
@@ -1183,21 +1212,24 @@ def test_mac_calibrate():
 
 
 def test_mac_calibrate_step():
-    """The step uses the calibrated A₁, not the batch's; a second call replaces it."""
+    """The step uses the calibrated A₁, not the batch's; a later call replaces it at once."""
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Linear(4, 3)).double(), randn(5, 4)
-    for passes in (1, 2):
-        optimizer = MAC(net, lr=1.0, momentum=0.0, damping=0.5, tcov=1, tinv=1)
-        data = [randn(7, 4) + 3 for _ in range(2)]
-        for i in range(passes):
-            optimizer.calibrate(data[i:i + 1])
+    net, x, later = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double(), randn(5, 4), []
+    optimizer = MAC(net, lr=1.0, momentum=0.0, damping=0.5, tcov=1, tinv=50)
+    for calls in (1, 2):
+        data = [randn(7, 4) + 3, randn(2, 4)]
+        handle = net[1].register_forward_hook(lambda *_: later.append("ran"))
+        optimizer.calibrate(data)
+        handle.remove()
         before = net[0].weight.detach().clone()
         optimizer.zero_grad()
         net(x).square().sum().backward()
         optimizer.step()
-        A = rows_and_covariance(net[0], data[passes - 1:passes])
+        A = rows_and_covariance(net[0], data)
         want = dense(net[0].weight.grad, net[0].bias.grad, A, 0.5)[0]
-        close(f"(5) step after {passes} calibrate()", before - net[0].weight.detach(), want, 1e-11)
+        close(f"(5) step after calibrate(), call {calls}", before - net[0].weight.detach(), want,
+              1e-11)
+    close("layers beyond the first that calibrate() ran", len(later), 0, 0)
 
 
 def calibrated_on_ranks(rank, world):
@@ -1762,25 +1794,26 @@ def loop_compile(make):
 
 @each_optimizer
 def resume(make):
-    """Saved to a file at a step when nothing is due, read by torch.load's default: bit-exact."""
+    """Saved to a file and read by torch.load's default: bit-exact, whatever is due at that step."""
     for dtype in (torch.float64, torch.bfloat16):
-        for options in ({}, {"tcov": 3, "tinv": 2}, {"tcov": 4, "tinv": 2}, {"momentum": 0.0}):
+        for step, options in ((5, {}), (5, {"tcov": 3, "tinv": 2}), (5, {"tcov": 4, "tinv": 2}),
+                              (4, {"momentum": 0.0})):      # nothing is due at step 5, tcov at 4
             data = make_data(10, dtype=dtype)
             net = make_net(dtype=dtype)
             optimizer = make(net, **options)
-            usual(net, optimizer, data[:5])
+            usual(net, optimizer, data[:step])
             with tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "checkpoint.pt")
                 torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, path)
                 saved = torch.load(path)
-            usual(net, optimizer, data[5:])
+            usual(net, optimizer, data[step:])
             fresh = make_net(seed=7, dtype=dtype)
             resumed = make(fresh, **options)
             usual(fresh, resumed, data[:1])                     # state that is to be overwritten
             fresh.load_state_dict(saved["model"])
             resumed.load_state_dict(saved["optimizer"])
-            usual(fresh, resumed, data[5:])
-            close_all(f"resumed at step 5, {options or 'tcov 2, tinv 3'}, {dtype}",
+            usual(fresh, resumed, data[step:])
+            close_all(f"resumed at step {step}, {options or 'tcov 2, tinv 3'}, {dtype}",
                       snapshot(fresh, resumed), snapshot(net, optimizer), 0)
             for before, after in zip(optimizer.state.values(), resumed.state.values()):
                 for key, value in before.items():
@@ -1943,6 +1976,33 @@ def every_parameter_moves(make):
         want = {f"{layer}.{part}" for layer in ("frozen", "unused") for part in ("weight", "bias")}
         close(f"{name}: parameters that should move and do not, or the reverse",
               len(still ^ (want & before.keys())), 0, 0)
+
+
+@each_optimizer
+def unusual_set_ups(make):
+    """An empty group, all preconditioned weights frozen, a bias that two layers share."""
+    want = trained(make)
+    net = make_net()
+    optimizer = make(net, params=[{"params": []}, {"params": list(net.parameters())}])
+    usual(net, optimizer, make_data(8))
+    close_all("an empty first group", snapshot(net, optimizer), want, 0)
+
+    net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).double()
+    net[0].weight.requires_grad_(False)
+    net[1].weight.requires_grad_(False)
+    before, optimizer = net[0].bias.detach().clone(), make(net)
+    net(randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[0].bias, before), "a bias learns where all weights are frozen"
+
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)).double()
+    net[1].bias = net[0].bias
+    optimizer = make(net)
+    assert all(layer.bias is None for layer in optimizer.layers.values())
+    net(randn(5, 4)).square().sum().backward()
+    raw = net[0].bias.grad.clone()
+    optimizer.step()
+    close("a shared bias: its gradient is raw after the step", net[0].bias.grad, raw, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2657,7 +2717,7 @@ def test_kfac_factors():
         optimizer = kfac_after(model, lambda z: F.cross_entropy(z, y), x)
         A, P = factors_of(optimizer, layer)
         rank_one = []
-        for i in range(5):        # D = g aᵀ: D Dᵀ = |a|² g gᵀ, DᵀD = |g|² a aᵀ, summed over examples
+        for i in range(5):        # D = g aᵀ: D Dᵀ = |a|² g gᵀ, DᵀD = |g|² a aᵀ; over all examples
             grads = torch.autograd.grad(F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]),
                                         list(layer.parameters()))
             rank_one.append(whole(*grads, *[None] * (2 - len(grads))).view(groups, -1, A.shape[1]))
@@ -2795,18 +2855,37 @@ def test_kfac_scaling():
     close("(7) samples: 1/S of it under a mean over tokens", 6 * P[0], P[1], 1e-14)
 
 
+def test_kfac_sampled_again():
+    """A backward pass without sample_fisher() costs its own step only, and nan logits no crash."""
+    net = nn.Sequential(nn.Linear(4, 3)).double()
+    optimizer, x = KFAC(net, lr=0.1, tcov=1, fisher="sampled"), randn(5, 4)
+    net(x).square().sum().backward()
+    raises(RuntimeError, ["sample_fisher"], optimizer.step)
+    for scale in (1.0, 1.0):
+        optimizer.zero_grad()
+        logits = scale * net(x)
+        optimizer.sample_fisher(logits)
+        logits.square().sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    logits = net(x) * float("nan")
+    optimizer.sample_fisher(logits)
+    logits.sum().backward()
+    raises(FloatingPointError, ["0"], optimizer.step)
+
+
 def test_kfac_sampled():
     """Labels of sample_fisher: forced ones give their empirical factors; the mean is the Fisher."""
     torch.manual_seed(0)
     x, y = make_data(1)[0]
     forced = torch.randint(5, (6,))
-    draw = torch.multinomial
+    draw = kfac.draw_labels
 
     def run(fisher, labels, reduce, parts=1, **options):
         net = make_net(**options)
         optimizer = KFAC(net, lr=0.1, tcov=1, fisher=fisher, weight_sharing=reduce)
         for part, label, other in zip(x.chunk(parts), labels.chunk(parts), forced.chunk(parts)):
-            torch.multinomial = lambda p, n: other[:, None]
+            kfac.draw_labels = lambda logits: other
             logits = net(part)
             if fisher == "sampled":
                 before = {name: p.grad for name, p in net.named_parameters()}
@@ -2830,7 +2909,7 @@ def test_kfac_sampled():
             close_all(f"{reduce}: non-reentrant checkpointing",
                       run("sampled", y, reduce, checkpointing=False)[1], want, 1e-13)
     finally:
-        torch.multinomial = draw
+        kfac.draw_labels = draw
     # many draws of few inputs: P converges to Σ_c p_c g_c g_cᵀ, and not to the labels' factor
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 4)).double()
     x, repeats = randn(3, 4), 20000
