@@ -702,7 +702,7 @@ def test_mac_attention_padding_mask():
     """A mask that is none of the known forms is refused, and not read as something else."""
     net = FusedAttention(4, 2).double()
     optimizer = MAC(net)
-    raises(ValueError, ["mask", "(3, 4)"], lambda: net(
+    raises(ValueError, ["mask", "3, 4"], lambda: net(
         randn(3, 5, 4), attn_mask=torch.ones(3, 4, dtype=torch.bool)))
     assert optimizer.layers            # whose hook spoke; without the optimizer it would be gone
 
