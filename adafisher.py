@@ -30,8 +30,9 @@ the average; with s counted times the number of rows they do not matter there ei
 that is constant up to rounding (a dead layer, one channel) carries no information: v′ = 0, F̃ = λ.
 
 WITHOUT A LAYER: embeddings, positional embeddings, class tokens, nn.MultiheadAttention (it calls
-none of its projections as a module), every other raw parameter, a weight used by layers of two
-kinds or shared with an embedding, a bias that is not in the groups together with its weight's
+none of its projections as a module), layers of other kinds (1-D, 3-D and transposed convolutions,
+RMSNorm, InstanceNorm), every raw parameter, a weight used by layers of two kinds or shared with an
+embedding, a bias that is not in the groups together with its weight's
 layer, and a layer that has not run in a statistics step. They get F̃ = 1, which is the paper's
 identity for unsupported layers and its initial F: bias-corrected momentum of step α. That is a
 small step beside the α/λ that flat directions of a layer get; for F̃ = λ give such parameters a
@@ -40,7 +41,8 @@ group of their own with lr = α/λ.
     symbol   in code              shape
     H        state "H"            (blocks, d): one row per group of a convolution; d = in or
                                   C/groups·kh·kw, + 1 for bias; (1, C) of a normalisation layer
-    S        state "S"            (out,) or (C,)
+                                  (of BatchNorm H − 1, see batch_norm_sum)
+    S        state "S"            (out,) or (C,), of s = R·∂(mean loss)/∂output
     S′, H′   curvature            (blocks, out/blocks, 1, ...) and (blocks, 1, C/groups, kh, kw)
     m̂, t     "momentum_buffer", "moments"   both in state: like θ;  steps in which θ had a gradient
     γ, β, λ  gamma, beta, damping           scalars;  k: state "updates";  α, wd: lr, weight_decay
@@ -57,7 +59,8 @@ and (2) gives 1.
 DEPARTURES from the paper. Algorithm 1 refreshes H and S in every step: tcov=1. Here the default is
 the 100 of the released code, the published recipes' value. Left open by the paper and
 read so: γ weighs the past; the average starts from the first batch; F_b has no H′ (min-max of its
-constant ones would be 0/0); the groups of a convolution share one min-max.
+constant ones would be 0/0); the groups of a convolution share one min-max; GroupNorm takes (2)
+like LayerNorm. s comes from the training labels: H and S are of the empirical Fisher.
 A finding: BatchNorm's h has E[h²] = σ²/(σ² + ε), 1 but for ε. (4) stretches this to [0, 1], so a
 BatchNorm's H′ ranks its channels by input variance and by nothing else.
 
@@ -173,8 +176,9 @@ def patch_sum(x, conv):
 def taps(size, k, stride, dilation, dtype, device):
     """(k, size) matrix of ones where tap i of a kernel of k meets pixel i·dilation + stride·t."""
     positions = (size - dilation * (k - 1) - 1) // stride + 1
-    pixel = torch.arange(k)[:, None] * dilation + torch.arange(positions) * stride
-    return torch.zeros(k, size).scatter_(1, pixel, 1.0).to(device, dtype)
+    taps, positions = torch.arange(k, device="cpu"), torch.arange(positions, device="cpu")
+    pixel = taps[:, None] * dilation + positions * stride                     # (k, positions)
+    return torch.zeros(k, size, device="cpu").scatter_(1, pixel, 1.0).to(device, dtype)
 
 
 def pad(x, conv):

@@ -247,8 +247,9 @@ def patch_sum(x, conv):
 def taps(size, k, stride, dilation, dtype, device):
     """(k, size) matrix of ones where tap i of a kernel of k meets pixel i·dilation + stride·t."""
     positions = (size - dilation * (k - 1) - 1) // stride + 1
-    pixel = torch.arange(k)[:, None] * dilation + torch.arange(positions) * stride
-    return torch.zeros(k, size).scatter_(1, pixel, 1.0).to(device, dtype)
+    taps, positions = torch.arange(k, device="cpu"), torch.arange(positions, device="cpu")
+    pixel = taps[:, None] * dilation + positions * stride                     # (k, positions)
+    return torch.zeros(k, size, device="cpu").scatter_(1, pixel, 1.0).to(device, dtype)
 
 
 def pad(x, conv):

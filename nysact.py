@@ -53,6 +53,9 @@ matrix where d > r, and no patch: X S has r numbers per row.
 
 THROWN AWAY: what A does outside r directions, and all of P.
 
+DEPARTURES from the paper, as far as it is known: S orthonormal, not N(0, 1/d); ν tiny, on both
+sides; β's correction counts the updates of the average (⌊t/tcov⌋ would divide by zero at first).
+
 ERRATA, against the authors' released code, which
  - solves with L on the wrong side, (Lᵀ L)⁻¹ for (L Lᵀ)⁻¹: eigenvalues off by factors, λ̂ > λ₁(A);
  - draws a new S at each update of an average, which then mixes products with many matrices while
@@ -138,19 +141,22 @@ def nystrom(Y, S):
     """(5)  U (blocks, d, r) and λ̂ (blocks, r) with U diag(λ̂) Uᵀ = Y (SᵀY)⁻¹ Yᵀ; is all well?
 
     Y = A S for some A ⪰ 0, S (blocks, d, r) orthonormal. ν = √d·ε·‖Y‖ bounds the usual rounding of
-    Y. Since SᵀY = SᵀAS would be symmetric, its asymmetry shows the actual rounding, and ν is no
-    less than that; far larger, it shows that Y belongs to another S.
+    Y. Since SᵀY = SᵀAS would be symmetric and ⪰ 0, its asymmetry and its negative eigenvalues show
+    the actual rounding (of columns of A, 'subcolumns', only the second), and ν is no less than
+    that; far larger, they show that Y belongs to another S.
     """
     finite = torch.finfo(Y.dtype)
     W = S.mT @ Y                                                          # (blocks, r, r)
     size, asymmetry = (torch.linalg.matrix_norm(x, keepdim=True) for x in (Y, W - W.mT))
-    shift = Y.shape[1] ** 0.5 * finite.eps * size
-    shift = torch.maximum(shift, asymmetry).clamp(min=finite.tiny ** 0.5)  # (blocks, 1, 1): ν > 0
+    lowest = torch.linalg.eigvalsh(((W + W.mT) / 2).nan_to_num(0, 0, 0))[:, :1, None]
+    rounding = torch.maximum(asymmetry, -2 * lowest)
+    shift = torch.maximum(Y.shape[1] ** 0.5 * finite.eps * size, 2 * rounding)
+    shift = shift.clamp(min=finite.tiny ** 0.5)                           # (blocks, 1, 1): ν > 0
     Y = Y + shift * S                                                     # (5)  Y_ν
     W = S.mT @ Y
     L, info = torch.linalg.cholesky_ex((W + W.mT) / 2)                    # (5)  L Lᵀ = Sᵀ Y_ν
     B = torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False)    # (5)  Y_ν L⁻ᵀ
-    well = (info == 0).all() & (asymmetry <= 1e-3 * size).all() & B.isfinite().all()
+    well = (info == 0).all() & (rounding <= 1e-3 * size).all() & B.isfinite().all()
     # thin, and of zeros where B is not finite: svd would raise without the layer's name
     U, sigma, _ = torch.linalg.svd(B.nan_to_num(0, 0, 0), full_matrices=False)
     return U, (sigma.square() - shift.squeeze(2)).clamp(min=0), well
@@ -199,7 +205,7 @@ def sketched_patches(x, conv, S):
         part = part.to(S.dtype)
         part = pad(part, conv) if explicit else part
         XS = F.conv2d(part, filters, offset, *how)                        # (b, groups·r, oH, oW)
-        AS = conv2d_weight(part, filters.shape, XS, *how).view(groups, r, n)     # (3)
+        AS = conv2d_weight(part, filters.shape, XS, *how).reshape(groups, r, n)     # (3)
         if offset is not None:
             AS = torch.cat([AS, XS.sum((0, 2, 3)).view(groups, r, 1)], 2)
         total = total + AS.mT

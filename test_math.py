@@ -1979,6 +1979,25 @@ def every_parameter_moves(make):
 
 
 @each_optimizer
+def memory_formats(make):
+    """channels_last input, and model, in float32, where convolutions have kernels of their own."""
+    def run(channels_last_input, channels_last_model):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                            nn.Conv2d(8, 8, 3, groups=2, stride=2), nn.ReLU(),
+                            nn.Conv2d(8, 16, 3, padding=1), nn.Flatten(), nn.Linear(64, 5))
+        data = make_data(4, dtype=torch.float32)
+        if channels_last_input:
+            data = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in data]
+        if channels_last_model:
+            net = net.to(memory_format=torch.channels_last)
+        usual(net, make(net, lr=1e-3), data)
+        return {name: p.detach() for name, p in net.named_parameters()}
+    for formats in ((True, False), (True, True)):
+        close_all(f"channels_last input, model: {formats}", run(*formats), run(False, False), 1e-3)
+
+
+@each_optimizer
 def unusual_set_ups(make):
     """An empty group, all preconditioned weights frozen, a bias that two layers share."""
     want = trained(make)
@@ -3104,6 +3123,26 @@ def rebuilt(U, eigenvalues):
 def sketches(blocks, d, r):
     return [(kind, nysact.draw_sketch(blocks, d, r, kind, 3))
             for kind in ("gaussian", "subcolumns")]
+
+
+def test_nysact_constant_rows():
+    """Columns of a covariance of rank one in float32: their rounding shows in eigenvalues only."""
+    refused, errors = 0, []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = torch.randn(1, 29).expand(3000, 29).contiguous()
+        a = F.pad(x[0], (0, 1), value=1.0)
+        for kind in ("gaussian", "subcolumns"):
+            net = nn.Linear(29, 3)
+            optimizer = NysAct(net, lr=0.0, tcov=1, tinv=1, sketch=kind, seed=seed)
+            net(x).square().mean().backward()
+            try:
+                optimizer.step()
+                errors.append(optimizer.state[net.weight]["eigenvalues"].max() / a.square().sum())
+            except FloatingPointError:
+                refused += 1
+    close("(5) one direction, 40 draws: refused", refused, 0, 0)
+    close("(5) its eigenvalue", torch.stack(errors), torch.ones(len(errors)), 1e-4)
 
 
 def test_nysact_nystrom():
