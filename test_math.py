@@ -1003,6 +1003,19 @@ def test_mac_is_sgd_for_large_damping():
     assert (step["head.weight"] - grads["head.weight"]).norm() > 0.1 * grads["head.weight"].norm()
 
 
+def test_mac_group_options():
+    """A group's own options: with weights that stay, its state is that of a MAC with only those."""
+    options = (dict(tcov=2, tinv=3, stat_decay=0.9, damping=0.5),
+               dict(tcov=3, tinv=4, stat_decay=0.5, damping=2.0))
+    net = make_net()
+    params = list(net.parameters())
+    groups = [dict(params=params[:2], **options[0]), dict(params=params[2:], **options[1])]
+    got = trained(MAC, data=make_data(9), net=net, params=groups, lr=0.0)
+    want = [trained(MAC, data=make_data(9), lr=0.0, **option) for option in options]
+    close_all("two groups with options of their own", got,
+              {key: want[not key.startswith("conv1")][key] for key in got}, 0)
+
+
 def test_mac_continues_sgd():
     """A checkpoint of torch's SGD loads: its momentum goes on, the averages begin."""
     data, nets = make_data(6), [make_net(), make_net()]
