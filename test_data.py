@@ -28,6 +28,9 @@ import torch.nn.functional as F
 import data
 from test_math import close, run_tests
 
+# A shell that starts this in the background lets it, and so its children, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # ---------------------------------------------------------------- helpers: a tiny CIFAR
 

@@ -23,6 +23,9 @@ import torch
 import train_cifar
 from test_math import run_tests, skip
 
+# A shell that starts this in the background lets it, and so its children, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).resolve().parent
 SMALL = ("--dataset shapes --train_size 256 --model lenet5 --epoch 2 --batch_size 64 "
          "--device cpu --optim mac --tinv 5").split()
