@@ -970,7 +970,7 @@ class KFAC(torch.optim.SGD):
         super().__setstate__(state)
         for group in self.param_groups:      # a checkpoint of torch's SGD lacks our options
             self.fill(group)
-        for name, value in dict(model=None, layers={}, hooks={}, calls=Calls(), steps=0,
+        for name, value in dict(model=None, layers={}, hooks={}, handles=[], calls=Calls(), steps=0,
                                 captured=False, inverse="factored", kl_clip=None,
                                 fisher="empirical", reduce=False).items():
             self.__dict__.setdefault(name, value)          # an unpickled optimizer has no model

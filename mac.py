@@ -10,7 +10,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     (3)  G̃ = ρ G (ā āᵀ + ρI)⁻¹ = G − (G ā) āᵀ / (ρ + ‖ā‖²)
     (4)  ā ← ā + w (ā_batch − ā),  w = (1 − β)/(1 − βᵏ)       bias-corrected moving average
     (5)  first layer: G̃ = ρ G (A₁ + ρI)⁻¹,  A₁ = E[a aᵀ]
-    (6)  value projection of an attention layer: ā_V = E[Xᵀ t̄],  t̄ = Tᵀ1/N
+    (6)  value projection of attention: ā_V = E[Xᵀ t̄] over batch and heads,  t̄ = Tᵀ1/N
     (7)  M ← μM + (G̃ + wd·W),  W ← W − ηM                     torch's momentum SGD
 
 WHY THE MEAN. Write the input rows as X = 1 āᵀ + E. The columns of E sum to zero, so
@@ -665,7 +665,8 @@ class MAC(torch.optim.SGD):
     def begin_step(self):
         """Tell the hooks whether the coming step's batch counts; note the step in the state."""
         for layer, group in self.grouped():
-            layer.on = self.steps % group["tcov"] == 0
+            fixed = layer.weight in self.state and self.state[layer.weight].get("fixed", False)
+            layer.on = self.steps % group["tcov"] == 0 and not fixed
             if layer.weight in self.state and "updates" in self.state[layer.weight]:
                 self.state[layer.weight]["step"] = self.steps
 
@@ -684,7 +685,7 @@ class MAC(torch.optim.SGD):
                 layer.drop()
         means = self.pooled([layer for layer, _ in due])
         self.captured = self.captured or any(mean is not None for mean in means)
-        if not self.captured and any(layer.weight.requires_grad for layer, _ in due):
+        if not self.captured and any(layer.weight.requires_grad and layer.on for layer, _ in due):
             raise RuntimeError(
                 "MAC: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "
@@ -803,7 +804,8 @@ class MAC(torch.optim.SGD):
         super().__setstate__(state)
         for group in self.param_groups:      # a checkpoint of torch's SGD lacks our options
             self.fill(group)
-        for name, value in dict(model=None, layers={}, hooks={}, steps=0, captured=False).items():
+        for name, value in dict(model=None, layers={}, hooks={}, handles=[], steps=0,
+                                captured=False, input_covariance=True).items():
             self.__dict__.setdefault(name, value)          # an unpickled optimizer has no model
 
     def __repr__(self):
@@ -866,7 +868,8 @@ class MAC(torch.optim.SGD):
             raise ValueError("MAC: calibrate() got no batch")
         state = self.state[layer.weight]
         state.pop("factor", None)
-        state.update(covariance=covariance, updates=1, fixed=True, step=self.steps)
+        state.update(covariance=covariance, updates=1, fixed=True)
+        self.begin_step()
 
 
 def remove_hooks(handles):

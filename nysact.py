@@ -682,7 +682,8 @@ class NysAct(torch.optim.SGD):
         super().__setstate__(state)
         for group in self.param_groups:      # a checkpoint of torch's SGD lacks our options
             self.fill(group)
-        for name, value in dict(model=None, layers={}, hooks={}, steps=0, captured=False).items():
+        for name, value in dict(model=None, layers={}, hooks={}, handles=[], steps=0,
+                                captured=False).items():
             self.__dict__.setdefault(name, value)          # an unpickled optimizer has no model
 
     def __repr__(self):
