@@ -1,7 +1,7 @@
 """What a step of each optimizer costs, as a ratio to SGD's, on this machine.
 
     python bench.py                                   # all of them, ResNet-20, batch 128: minutes
-    python bench.py --optim mac foof --cycles 3       # three cycles of tinv steps, with their spread
+    python bench.py --optim mac foof --cycles 3       # three cycles of tinv steps, and spread
     python bench.py --optim adafisher --tcov 10       # other periods than the published ones
     python bench.py --model deit_tiny_cifar --tinv 5
 
@@ -102,11 +102,13 @@ def main():
         parser.error(str(error))
     print(f"{args.model}, batch {args.batch_size}, {args.device}, torch {torch.__version__}, "
           f"{args.cycles} cycles of {cycle} steps\n"
-          "optimizer    seconds/step   ratio to SGD: median (smallest to largest)   state/parameters")
+          "optimizer    seconds/step   ratio to SGD: median (smallest to largest)   "
+          "state/parameters")
     for optim, values in times.items():
         ratios = [value / sgd for value, sgd in zip(values, times["sgd"])]
         spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        print(f"{optim:<12} {statistics.median(values):12.4f}   {spread:<42}   {state[optim]:16.3f}")
+        print(f"{optim:<12} {statistics.median(values):12.4f}   {spread:<42}   "
+              f"{state[optim]:16.3f}")
 
 
 if __name__ == "__main__":
