@@ -1,6 +1,6 @@
 """Every formula of this project against brute force, in float64 unless said otherwise.
 
-    python test_math.py               # all, under a minute on two CPU cores; no pytest needed
+    python test_math.py               # all, one to two minutes on a CPU; no pytest needed
     python test_math.py mac attention # only the tests whose name contains one of the words
 
 Each line names an equation or a property and gives the measured error beside its tolerance.
