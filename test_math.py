@@ -1,6 +1,6 @@
 """Every formula of this project against brute force, in float64 unless said otherwise.
 
-    python test_math.py               # all, one to two minutes on a CPU; no pytest needed
+    python test_math.py               # all, in two processes: under a minute; no pytest needed
     python test_math.py mac attention # only the tests whose name contains one of the words
 
 Each line names an equation or a property and gives the measured error beside its tolerance.
@@ -17,6 +17,8 @@ import io
 import itertools
 import math
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -72,13 +74,14 @@ def close(name, got, want, tol):
     assert error <= tol, f"{name}: relative error {error:.3g} exceeds {tol:g}"
 
 
-def run_tests(tests, words=()):
-    """Run the test_* functions among tests whose names contain a word; exit 1 if one fails."""
+def run_tests(tests, words=(), without=(), beside=None):
+    """Run the test_* functions among tests whose names contain one of words (none: any) and none
+    of without, add the results of the process beside, and exit: 1 if a test failed."""
     passed = failed = skipped = 0
     for name, test in list(tests.items()):
         if not name.startswith("test_") or not callable(test):
             continue
-        if words and not any(word in name for word in words):
+        if words and not any(word in name for word in words) or any(w in name for w in without):
             continue
         start = time.perf_counter()
         try:
@@ -90,8 +93,29 @@ def run_tests(tests, words=()):
             traceback.print_exc()
             outcome, failed = "FAILED", failed + 1
         print(f"{name}: {outcome}, {time.perf_counter() - start:.1f} s", flush=True)
+    if beside:
+        there = results_of(beside)
+        passed, failed, skipped = passed + there[0], failed + there[1], skipped + there[2]
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     sys.exit(1 if failed else 0)
+
+
+def start_beside(words):
+    """A process that runs the tests of these words on another core, writing to a file."""
+    output = tempfile.TemporaryFile("w+")
+    return output, subprocess.Popen([sys.executable, __file__, *words], stdout=output,
+                                    stderr=subprocess.STDOUT)
+
+
+def results_of(beside):
+    """Wait for the process, print what it wrote; its numbers of passed, failed, skipped."""
+    output, process = beside
+    process.wait()
+    output.seek(0)
+    text, _, last = output.read().rstrip().rpartition("\n")
+    counts = re.fullmatch(r"(\d+) passed, (\d+) failed(?:, (\d+) skipped)?", last)
+    print(text if counts else f"{text}\n{last}\nthe process beside died: FAILED")
+    return [int(count or 0) for count in counts.groups()] if counts else (0, 1, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4021,14 +4045,15 @@ def test_adafisher_refuses():
         raises(FloatingPointError, (where, "step 2") if bad else ("step 2",), optimizer.step)
         close_all("nothing changed", snapshot(net, optimizer), before, 0)
     for name, value in (("lr", -1), ("beta", 1.0), ("damping", 0.0), ("gamma", 1.0),
-                        ("gamma", -0.1), ("tcov", 0), ("tcov", 2.5), 
-                        ("weight_decay", -1e-4),
+                        ("gamma", -0.1), ("tcov", 0), ("tcov", 2.5), ("weight_decay", -1e-4),
                         ("lr", float("nan"))):
         raises(ValueError, (name, str(value)), lambda: AdaFisher(make_net(), **{name: value}))
     raises(ValueError, ("tcov", "0.5"), lambda: AdaFisherW(make_net(), params=[
         dict(params=make_net().parameters(), tcov=0.5)]))
-# ------------------------------------------------------------------ to here
 
 
 if __name__ == "__main__":
-    run_tests(globals(), sys.argv[1:])
+    if sys.argv[1:]:
+        run_tests(globals(), sys.argv[1:])
+    slow = ("models", "ranks", "compile")    # half of the time
+    run_tests(globals(), without=slow, beside=start_beside(slow))
