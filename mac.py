@@ -105,15 +105,21 @@ def precondition(grad, bias_grad, mean, damping):
 
 
 def precondition_first(grad, bias_grad, factor, damping):
-    """(5)  G̃ = ρ G (A₁ + ρI)⁻¹ = ρ (L⁻ᵀ L⁻¹ Gᵀ)ᵀ, factor = L (blocks, d, d), A₁ + ρI = L Lᵀ."""
+    """(5)  G̃ = ρ G (A₁ + ρI)⁻¹ = ρ G L⁻ᵀ L⁻¹, factor = L (blocks, d, d), A₁ + ρI = L Lᵀ."""
     blocks = len(factor)
     G = grad.reshape(blocks, len(grad) // blocks, -1)         # (blocks, out/blocks, d)
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
-    G = damping * torch.cholesky_solve(G.mT, factor).mT
+    G = damping * solve_right(G, factor)
     new_bias = None if bias_grad is None else G[:, :, -1].flatten()
     G = G if bias_grad is None else G[:, :, :-1]
     return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
+
+
+def solve_right(G, L):
+    """G (L Lᵀ)⁻¹ (..., out, d): Y Lᵀ = G, then Z L = Y; from the left, G would be transposed."""
+    Y = torch.linalg.solve_triangular(L.mT, G, upper=True, left=False)
+    return torch.linalg.solve_triangular(L, Y, upper=False, left=False)
 
 
 def damped_cholesky(A, damping):
