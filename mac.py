@@ -182,13 +182,14 @@ def pad(x, conv):
 def patch_gram(x, conv):
     """Σ [a; 1][a; 1]ᵀ over all patches of a convolution, in bounded chunks: (groups, d, d)."""
     patches = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
-    total, chunk = 0, max(1, CHUNK // max(1, patches))
+    A, rows, chunk = 0, 0, max(1, CHUNK // max(1, patches))
     for part in x.to(at_least_float32(x)).split(chunk):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
-        a = F.pad(a.unflatten(1, (conv.groups, -1)), (0, 0, 0, 1), value=1.0)
-        a = a.permute(1, 2, 0, 3).flatten(2)                        # (groups, d, b·oH·oW)
-        total = total + a @ a.mT
-    return total
+        a = a.unflatten(1, (conv.groups, -1))                       # (b, groups, d − 1, oH·oW)
+        A, rows = A + (a @ a.mT).sum(0), rows + len(a) * a.shape[-1]
+    A, sums = F.pad(A, (0, 1, 0, 1), value=float(rows)), patch_sum(x, conv)
+    A[:, -1, :-1], A[:, :-1, -1] = sums, sums
+    return A
 
 
 def attention_sum(q, k, scale, mask=None, causal=False, bias=None):
