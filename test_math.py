@@ -1823,6 +1823,22 @@ def loop_compile(make):
         close_all(f"torch.compile(backend='{backend}')", got, want, tol)
         close(f"{backend}: frames compiled after the fourth step", frames[-1] - frames[3], 0, 0)
     torch._dynamo.reset()
+    graphs, off = [], []
+
+    def backend(graph, inputs):
+        return lambda *args: graphs.append(1) or graph.forward(*args)
+
+    def alternating(model, optimizer, data):
+        fast = torch.compile(model, backend=backend)
+        for x, y in data:
+            optimizer.zero_grad()
+            off.append(not optimizer.collecting)
+            F.cross_entropy((fast if off[-1] else model)(x), y).backward()
+            optimizer.step()
+    got = trained(make, alternating, data, net())
+    close_all("plain where statistics are collected, else compiled", got, want, 0)
+    close("graphs in a step without statistics", len(graphs) / sum(off), 1, 0)
+    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------------------------------------
