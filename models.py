@@ -755,7 +755,7 @@ def load_pretrained(model, path):
     except OSError:
         raise
     except Exception:  # which one depends on what the file is
-        raise ValueError(f"{path} is damaged, is no file of torch.save, or holds more than weights: "
+        raise ValueError(f"{path} is damaged, not from torch.save, or holds more than weights: "
                          "torch.load(weights_only=True) refuses it.") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -809,7 +809,7 @@ def check_fit(path, own, state):
               for key in shapes[:1]]
     if not wrong:
         return
-    advice = "is it another network's?"
+    advice = "it seems to be another network's"
     if not missing and not foreign:
         if all(key.startswith(("fc.", "head.")) for key in shapes):
             advice = f"build the network with num_classes={len(state[shapes[0]])}, as in the file"
