@@ -154,7 +154,8 @@ class ResNet(nn.Module):
                  large_images=False, drop=0.0, drop_path=0.0):
         super().__init__()
         self.large_images = large_images
-        self.conv1 = conv(in_channels, widths[0], *((7, 2) if large_images else (3,)))
+        self.conv1 = (conv(in_channels, widths[0], 7, 2) if large_images
+                      else conv(in_channels, widths[0], 3))
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.stages = len(depths)
         in_planes, rates = widths[0], iter(drop_rates(drop_path, sum(depths)))
