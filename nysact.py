@@ -154,7 +154,9 @@ def nystrom(Y, S):
     finite = torch.finfo(Y.dtype)
     W = S.mT @ Y                                                          # (blocks, r, r)
     size, asymmetry = (torch.linalg.matrix_norm(x, keepdim=True) for x in (Y, W - W.mT))
-    lowest = torch.linalg.eigvalsh(((W + W.mT) / 2).nan_to_num(0, 0, 0))[:, :1, None]
+    # r×r, in float64: float32 LAPACK gives up on some matrices with many zeros. MPS has no float64
+    lowest = torch.linalg.eigvalsh(((W + W.mT) / 2).nan_to_num(0, 0, 0).cpu().double())
+    lowest = lowest[:, :1, None].to(W)
     rounding = torch.maximum(asymmetry, -2 * lowest)
     shift = torch.maximum(Y.shape[1] ** 0.5 * finite.eps * size, 2 * rounding)
     shift = shift.clamp(min=finite.tiny ** 0.5)                           # (blocks, 1, 1): ν > 0
