@@ -151,15 +151,20 @@ def damped_cholesky(A, damping):
 def eigenbasis(A):
     """(4)  Eigenvectors and values of A (..., d, d) ⪰ 0, and for each A whether that failed.
 
-    Only the lower triangle is read. What does not converge in float32 is tried in float64.
+    Only the lower triangle is read. Float32 LAPACK raises, or returns nan, for some matrices with
+    many zeros, as dead features make them: then float64.
     """
+    found = A, A[..., 0], torch.ones_like(A[..., 0, 0], dtype=torch.bool)
     for dtype in (A.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(A.to(dtype))
         except torch.linalg.LinAlgError:
             continue
-        return vectors.to(A.dtype), values.clamp(min=0).to(A.dtype), ~values.isfinite().all(-1)
-    return A, A[..., 0], torch.ones_like(A[..., 0, 0], dtype=torch.bool)
+        failed = ~(values.isfinite().all(-1) & vectors.isfinite().all(-1).all(-1))
+        found = vectors.to(A.dtype), values.clamp(min=0).to(A.dtype), failed
+        if not failed.any():
+            break
+    return found
 
 
 def kl_scale(inner, kl_clip):
