@@ -18,17 +18,22 @@ and left alone.
 """
 import argparse
 import contextlib
+import functools
 import gzip
 import hashlib
 import http.client
 import io
+import json
 import math
 import os
 import pickle
+import signal
 import sys
 import tarfile
+import threading
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import NamedTuple, Union
 
@@ -717,6 +722,601 @@ def cut_out(x, generator, side):
     rows = (i >= top) & (i < top + side)                                # (B, H)
     columns = (j >= left) & (j < left + side)                           # (B, W)
     return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
+
+
+# ----------------------------------------------------------------------------------------
+# ImageNet: class folders and packed arrays
+# ----------------------------------------------------------------------------------------
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SPLITS = {"train": ("train", "training"),
+          "val": ("val", "valid", "validation", "eval", "evaluation")}
+BLOCK = 256  # repeated augmentation counts an epoch in blocks of so many images
+
+
+@functools.lru_cache(None)
+def pillow(what="decoding image files"):
+    """Pillow's Image module, imported when something needs it and not before."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(f"{what} needs Pillow: pip install pillow") from error
+    # About a dozen files of ImageNet have such metadata; their pixels are all right.
+    warnings.filterwarnings("ignore", r"\(?(possibly\)? )?corrupt EXIF data", UserWarning)
+    return Image
+
+
+def read_image(path):
+    """The image in a file, of any mode and format, as a PIL image of mode RGB.
+
+    Raises DataError with the file's name when it cannot be opened or decoded.
+    """
+    Image = pillow()
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f"{path} is not an image that Pillow can read; remove or replace it."
+                        ) from error
+    except Exception as error:  # damaged bytes fail in any way they like
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"cannot read {path}: {error.strerror}.") from error
+        raise DataError(f"{path} is damaged ({error}); remove or replace it.") from error
+
+
+class FolderImages:
+    """Image files in class folders, listed once, decoded when they are asked for.
+
+    folder/<class>/**/<file> with an extension of EXTENSIONS in either case; links are followed,
+    hidden files are not looked at. A class's number is its folder's place in sorted order.
+    classes: the training split's names, which these folders must have; None for that split.
+    Raises DataError.
+    """
+    kind = "folder"
+
+    def __init__(self, folder, classes=None):
+        pillow()
+        self.folder, self.where = folder, f"{folder} (class folders)"
+        self.classes = sorted(entry.name for entry in os.scandir(folder)
+                              if entry.is_dir() and not entry.name.startswith("."))
+        if not self.classes:
+            raise DataError(f"{folder} holds no class folders; image files must be sorted into "
+                            f"{folder}/<class>/.")
+        check_classes(self.classes, classes, folder)
+        names, counts = [], []
+        for name in tqdm(self.classes, f"listing {folder}", delay=3, disable=None):
+            found = list_files(os.path.join(folder, name))
+            names += found
+            counts.append(len(found))
+        if 0 in counts:
+            empty = [name for name, count in zip(self.classes, counts) if count == 0]
+            raise DataError(f"no image file ({' '.join(EXTENSIONS)}) is in {quoted(empty)} of "
+                            f"{folder}; remove or fill what is empty.")
+        # A million Python strings would be copied into every worker, page by page, as their
+        # reference counts change; one array of bytes is shared.
+        self.names = np.array(names)
+        self.labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def path(self, i):
+        return os.path.join(self.folder, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
+
+    def read(self, i):
+        """Image i, a PIL image of mode RGB."""
+        return read_image(self.path(i))
+
+
+def list_files(folder):
+    """Paths, relative to a class folder, of the image files below it, sorted, as bytes."""
+    def fail(error):
+        raise DataError(f"cannot read {error.filename}: {error.strerror}.") from error
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = os.path.relpath(place, folder) if place != folder else ""
+        found += [os.fsencode(os.path.join(below, name)) for name in files
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    return sorted(found)
+
+
+def check_classes(found, wanted, where):
+    """Raise DataError unless the class names are those of the training split."""
+    if wanted is not None and list(found) != list(wanted):
+        extra, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
+        parts = ([f"lacks {quoted(missing)}"] if missing else []) + (
+            [f"has {quoted(extra)}, unknown to training"] if extra else [])
+        raise DataError(f"{where} must have the same classes as the training images, but it "
+                        f"{' and '.join(parts)}.")
+
+
+def quoted(names, most=3):
+    """A few names in a row, for messages."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
+
+
+class PackedImages:
+    """One split of a folder that `python data.py pack` wrote; read without Pillow.
+
+    SPLIT.images.npy (N, S, S, 3) uint8, SPLIT.labels.npy (N,) int64, SPLIT.json with the rest,
+    which is written last: a split without it is unfinished. Raises DataError.
+    """
+    kind = "packed"
+
+    def __init__(self, folder, split, classes=None):
+        self.file = os.path.join(folder, f"{split}.images.npy")
+        self.where = f"{self.file} (packed)"
+        again = "remove it and run `python data.py pack` again"
+        try:
+            with open(os.path.join(folder, f"{split}.json"), encoding="utf-8") as file:
+                about = json.load(file)
+            self.labels = np.load(os.path.join(folder, f"{split}.labels.npy"))
+            shape = (about["count"], about["size"], about["size"], 3)
+            self.classes = about["classes"]
+            images = np.load(self.file, mmap_mode="r")
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} is missing: the packing of {split} in {folder} is "
+                            f"incomplete; {again}.") from error
+        except (ValueError, KeyError, TypeError, EOFError) as error:  # numpy's for short files
+            raise DataError(f"the packing of {split} in {folder} is damaged or truncated "
+                            f"({error}); {again}.") from error
+        if images.shape != shape or images.dtype != np.uint8 or self.labels.shape != shape[:1]:
+            raise DataError(f"{self.file}, its labels and {split}.json in {folder} do not belong "
+                            f"together; {again}.")
+        check_labels(self.labels, len(self.classes), os.path.join(folder, f"{split}.labels.npy"))
+        check_classes(self.classes, classes, self.file)
+        self.images = images
+
+    def __getstate__(self):  # a worker maps the file for itself: pickling would send its content
+        return {**self.__dict__, "images": None}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        """Image i, a (S, S, 3) uint8 array that is read from the disk as it is used."""
+        if self.images is None:
+            self.images = np.load(self.file, mmap_mode="r")
+        return np.asarray(self.images[i])
+
+
+class DummyImages:
+    """Random images (size, size, 3) uint8 with random labels, for trying things without data."""
+    kind = "dummy"
+
+    def __init__(self, count, size, num_classes, seed=0):
+        self.size, self.seed = size, seed
+        self.where = f"random images, seed {seed}"
+        self.classes = [str(i) for i in range(num_classes)]
+        self.labels = random_state(seed, 0).integers(num_classes, size=count)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        """Image i, the same whenever and wherever it is asked for."""
+        shape = (self.size, self.size, 3)
+        return np.frombuffer(random_state(self.seed, 1, i).bytes(math.prod(shape)),
+                             np.uint8).reshape(shape)
+
+
+def random_state(*numbers):
+    """A numpy Generator that depends on these non-negative integers and nothing else."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(numbers)))
+
+
+def open_images(root, split, classes=None):
+    """The images of one split of a data set, to be read one at a time.
+
+    root: a folder with split/<class>/<image file>, or one that `python data.py pack` wrote. For
+    val, `valid`, `validation`, `eval` and `evaluation` do as well, for train `training`.
+    classes: the training split's list, when another split is opened, which must have the same.
+
+    Returns an object with `classes` (names), `labels` ((N,) int64 array), `len()`, `read(i)` (a
+    PIL image or an (H, W, 3) uint8 array), `kind` and `where` (text). Raises DataError.
+    """
+    root = os.path.expanduser(os.fspath(root))
+    synonyms = next((names for names in SPLITS.values() if split in names), ())
+    try:
+        if not os.path.isdir(root):
+            raise DataError(f"{root} is not a folder; give the one that holds the training and "
+                            "validation images.")
+        for name in dict.fromkeys((split, *synonyms)):
+            if os.path.exists(os.path.join(root, f"{name}.json")):
+                return PackedImages(root, name, classes)
+            if os.path.isdir(os.path.join(root, name)):
+                return FolderImages(os.path.join(root, name), classes)
+        if os.path.exists(os.path.join(root, f"{split}.images.npy.part")):
+            raise DataError(f"the packing of {split} in {root} was interrupted; run `python "
+                            "data.py pack` again.")
+        raise DataError(f"{root} has no folder '{split}'; expected {root}/{split}/<class>/<image "
+                        "file>, or what `python data.py pack` wrote.")
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or root}: {error.strerror or error}."
+                        ) from error
+
+
+def dummy_images(count, image_size, num_classes, seed=0):
+    """A source like open_images' of random images, each from (seed, index); no files."""
+    return DummyImages(count, image_size, num_classes, seed)
+
+
+# ---------------------------------------------------------------- from an image to a tensor
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+def resize(image, box, size, interpolation):
+    """The part box = (top, left, height, width) of an image, scaled to size = (height, width).
+
+    image: PIL, or an (H, W, 3) uint8 array; returned as it came. Shrinking is antialiased in both
+    (Pillow always does it). The part is cut out first: with Pillow's own `box` the filter would
+    see pixels beyond it, and the result would be another.
+    """
+    top, left, height, width = box
+    if not isinstance(image, np.ndarray):
+        part = image.crop((left, top, left + width, top + height))
+        return part.resize(size[::-1], pillow().Resampling[interpolation.upper()])
+    part = torch.from_numpy(image[top:top + height, left:left + width].copy())
+    part = part.permute(2, 0, 1)[None]                                     # (1, 3, h, w)
+    # uint8 in and out: at most two levels from Pillow, which computes in fixed point as well
+    part = F.interpolate(part, size, mode=interpolation, antialias=True)
+    return part[0].permute(1, 2, 0).numpy()
+
+
+def size_of(image):
+    """(height, width)"""
+    return image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+
+
+def to_tensor(image):
+    """(3, H, W) uint8, contiguous, of an image of either kind."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def random_crop(height, width, scale, ratio, rng):
+    """(top, left, height, width) of a random part of an image (Inception's crop).
+
+    Its share of the area is uniform in `scale`, the logarithm of width/height uniform in `ratio`,
+    its place uniform. When ten tries do not fit, the largest central part of an admitted ratio.
+    """
+    for _ in range(10):
+        area = rng.uniform(*scale) * height * width
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+class TrainTransform:
+    """Random crop to size × size, flip, and a policy or colour jitter; see train_transform."""
+
+    def __init__(self, size, interpolation, scale, ratio, hflip, policy, color_jitter):
+        self.size, self.interpolation = size, interpolation
+        self.scale, self.ratio, self.hflip = tuple(scale), tuple(ratio), hflip
+        self.policy = policy
+        self.color_jitter = 0.0 if policy else color_jitter
+
+    def __call__(self, image, rng):
+        """image: PIL RGB or (H, W, 3) uint8; rng: numpy Generator. (3, size, size) uint8."""
+        box = random_crop(*size_of(image), self.scale, self.ratio, rng)
+        interpolation = self.interpolation
+        if interpolation == "random":
+            interpolation = INTERPOLATIONS[rng.integers(2)]
+        image = resize(image, box, (self.size, self.size), interpolation)
+        flip = rng.random() < self.hflip
+        tensor = to_tensor(image)
+        return tensor.flip(2) if flip else tensor
+
+
+def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 1.0),
+                    ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=None):
+    """A callable transform(image, rng) -> (3, size, size) uint8 tensor, for training.
+
+    recipe "torchvision" (the ResNets') or "timm" (the transformers') sets what is None:
+    interpolation: bilinear, or "random" (bilinear or bicubic, a coin per image).
+    color_jitter: none, or 0.4; never with a policy.
+    policy: None, "ta_wide" (TrivialAugment) or RandAugment as in "rand-m9-mstd0.5-inc1".
+    scale, ratio: of the random crop; hflip: probability of mirroring.
+    """
+    timm = recipe == "timm"
+    interpolation = interpolation or ("random" if timm else "bilinear")
+    color_jitter = (0.4 if timm else 0.0) if color_jitter is None else color_jitter
+    return TrainTransform(size, interpolation, scale, ratio, hflip, policy, color_jitter)
+
+
+class EvalTransform:
+    """Short side to `resize`, then the centre; see eval_transform."""
+
+    def __init__(self, resize, crop, interpolation):
+        if crop > resize:
+            raise DataError(f"a centre crop of {crop} cannot be cut from images whose short side "
+                            f"is {resize}; resize to at least {crop}.")
+        self.resize, self.crop, self.interpolation = resize, crop, interpolation
+
+    def __call__(self, image, rng=None):
+        """image: PIL RGB or (H, W, 3) uint8. Returns (3, crop, crop) uint8."""
+        height, width = size_of(image)
+        short = min(height, width)
+        size = height * self.resize // short, width * self.resize // short
+        image = to_tensor(resize(image, (0, 0, height, width), size, self.interpolation))
+        top, left = (round((side - self.crop) / 2) for side in size)
+        return image[:, top:top + self.crop, left:left + self.crop]
+
+
+def eval_transform(resize, crop, interpolation="bilinear"):
+    """A callable transform(image, rng=None) -> (3, crop, crop) uint8 tensor, for evaluation.
+
+    The short side becomes `resize`, the long side is rounded down, the centre is cut out.
+    Published: 232, 224, bilinear (ResNets) and 248, 224, bicubic (DeiT, Swin). Raises DataError.
+    """
+    return EvalTransform(resize, crop, interpolation)
+
+
+# ---------------------------------------------------------------- batches of images
+
+
+def training_order(count, seed, epoch, rank=0, world=1, repeats=1):
+    """(indices, positions): what one rank trains on in an epoch, two int64 arrays.
+
+    Position j = k·world + rank, k = 0, 1, ..., is a sample's place in the order that all ranks
+    share. Plain shuffling takes image perm[j], and begins anew where the ranks do not divide the
+    images. Repeated augmentation (Hoffer et al. 2020; the sampler is that of DeiT, arXiv
+    2012.12877) takes perm[j // repeats], so that the copies of an image, each augmented in its own
+    way, go to different ranks; its epoch is no longer for that: ⌊count/256⌋·256 positions.
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = torch.randperm(count, generator=generator).numpy()
+    length = count // BLOCK * BLOCK // world if repeats > 1 else math.ceil(count / world)
+    positions = np.arange(length) * world + rank
+    return order[(positions // repeats).astype(np.int64) % count], positions
+
+
+class Samples(torch.utils.data.Dataset):
+    """What a worker holds. Its items are whole batches, asked for by (indices, positions, epoch).
+
+    A DataError is returned, not raised: raised in a worker it would arrive with a traceback.
+    """
+
+    def __init__(self, source, transform, seed):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, batch):
+        indices, positions, epoch = batch
+        try:
+            images = [self.transform(self.source.read(i), random_state(self.seed, epoch, j))
+                      for i, j in zip(indices.tolist(), positions.tolist())]
+        except DataError as error:
+            return error
+        return torch.stack(images), torch.from_numpy(self.source.labels[indices])
+
+
+def start_worker(_):
+    """Leave Ctrl-C and a cluster's SIGTERM, which every process gets, to the main process.
+
+    It may want some more batches and time for a checkpoint before it ends the workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a signal ends the worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def obey_parent():
+    """End this worker on a SIGTERM from its parent; one from anybody else is not for it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class ImageLoader:
+    """Batches (images (B, 3, h, w) uint8, labels (B,) int64) of one rank, on the CPU.
+
+    source: from open_images or dummy_images. transform: from train_transform or eval_transform.
+    train: shuffle; else every world-th image from `rank` on, in order, none twice and none left
+    out, perhaps none at all. repeats: how often an image is taken (repeated augmentation), when
+    there are several ranks; one alone would see the copies in one batch, and shuffles plainly.
+    recipe: "torchvision" keeps a last incomplete batch of training, "timm" drops it.
+    workers: processes that read and transform; 0 does it in this one.
+
+    The random numbers of a sample come from (seed, epoch, position), so the batches do not depend
+    on the number of workers, nor on where in an epoch a run was resumed. Raises DataError, also
+    for what goes wrong in a worker.
+    """
+
+    def __init__(self, source, transform, batch_size, *, seed, train, rank=0, world=1, repeats=1,
+                 recipe="torchvision", workers=0, pin_memory=False):
+        self.count, self.batch_size, self.seed, self.train = len(source), batch_size, seed, train
+        self.rank, self.world, self.repeats = rank, world, repeats if world > 1 else 1
+        self.drop_last = train and recipe == "timm"
+        if train and self.repeats > 1 and self.count < BLOCK:
+            raise DataError(f"repeated augmentation takes images in blocks of {BLOCK}, but "
+                            f"{source.where} has only {self.count}; switch it off or add images.")
+        self.plan = []  # the batches of this epoch that are still to come
+        self.set_epoch(0)
+        if train and len(self) == 0:
+            raise DataError(f"{source.where} has {self.count} images, less than one batch of "
+                            f"{batch_size} for each of {world} processes; use smaller batches.")
+        self.loader = torch.utils.data.DataLoader(
+            Samples(source, transform, seed), batch_size=None, sampler=self.plan,
+            num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory,
+            worker_init_fn=start_worker, generator=torch.Generator())  # leave torch's own alone
+
+    def set_epoch(self, epoch, skip=0):
+        """Choose the epoch that iteration gives next, without its first `skip` batches."""
+        if self.train:
+            indices, positions = training_order(self.count, self.seed, epoch, self.rank,
+                                                self.world, self.repeats)
+        else:
+            indices = positions = np.arange(self.rank, self.count, self.world)
+        size = self.batch_size
+        self.batches = (len(indices) // size if self.drop_last
+                        else math.ceil(len(indices) / size))
+        self.plan[:] = [(indices[i * size:(i + 1) * size], positions[i * size:(i + 1) * size],
+                         epoch) for i in range(skip, self.batches)]
+
+    def __len__(self):
+        """Batches of this rank in a whole epoch."""
+        return self.batches
+
+    def __iter__(self):
+        try:
+            for batch in self.loader:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield tuple(batch)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError("a process that loads images was ended from outside, mostly for lack "
+                            "of memory or of shared memory (/dev/shm); use fewer workers or "
+                            "smaller batches.") from error
+
+
+# ---------------------------------------------------------------- on the device
+
+
+class Finish:
+    """From uint8 images to what the network gets: normalised, erased, mixed, on their device.
+
+    x, target = finish(images, labels, seed)     # training
+    x = finish.eval(images)                      # normalises only
+
+    recipe "torchvision" normalises, erases each image, then mixes it with its neighbour; "timm"
+    mixes the uint8 images (rounding mixup) with the batch in reverse order, normalises, erases.
+    erase_prob, erase_mode: random erasing (arXiv 1708.04896); "const" fills with the mean colour,
+    "rand" with one normal colour, "pixel" with normal noise. mixup_alpha, cutmix_alpha: of the
+    Beta(α, α) that mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) each draw λ from; 0
+    switches one off; with both, CutMix has probability switch_prob. mixup_prob: of mixing a batch
+    at all. smoothing: of the soft targets, when there is mixing; see `loss`.
+    """
+
+    def __init__(self, mean, std, num_classes, *, recipe="torchvision", erase_prob=0.0,
+                 erase_mode="const", mixup_alpha=0.0, cutmix_alpha=0.0, mixup_prob=1.0,
+                 switch_prob=0.5, smoothing=0.0):
+        self.mean, self.std, self.num_classes = torch.tensor(mean), torch.tensor(std), num_classes
+        self.timm = recipe == "timm"
+        self.erase_prob, self.erase_mode = erase_prob, erase_mode
+        self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
+        self.mixup_prob, self.switch_prob, self.smoothing = mixup_prob, switch_prob, smoothing
+
+    def __call__(self, images, labels, seed):
+        """images (B, 3, H, W) uint8, labels (B,), seed: integers, (seed, epoch, rank, batch).
+
+        Returns x (B, 3, H, W) float32 and the target: with mixing (B, C) float32, smoothed
+        already; without, the labels. What is drawn comes from the CPU and depends on the seed
+        alone, but for the noise of "pixel" and "rand", which the device's own generator makes.
+        """
+        rng = random_state(*seed)
+        mixing = self.mixup_alpha > 0 or self.cutmix_alpha > 0
+        if not mixing:
+            return self.erase(self.eval(images), rng), labels
+        mix = self.draw_mix(*images.shape[2:], rng)
+        target = self.mix_targets(labels, mix[0])
+        if self.timm:
+            return self.erase(self.eval(self.mix(images, *mix)), rng), target
+        return self.mix(self.erase(self.eval(images), rng), *mix), target
+
+    def eval(self, images):
+        """(images/255 - mean)/std in float32."""
+        if self.mean.device != images.device:
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return normalize(images, self.mean, self.std)
+
+    def partner(self, x):
+        """For every image of the batch the one it is mixed with."""
+        return x.flip(0) if self.timm else x.roll(1, 0)
+
+    def draw_mix(self, height, width, rng):
+        """(λ, box): the share that images keep; CutMix's (top, left, bottom, right), or None."""
+        if rng.random() >= self.mixup_prob:
+            return 1.0, None
+        cutmix = self.mixup_alpha <= 0 or (self.cutmix_alpha > 0 and rng.random() < self.switch_prob)
+        alpha = self.cutmix_alpha if cutmix else self.mixup_alpha
+        share = float(rng.beta(alpha, alpha))
+        if not cutmix:
+            return share, None
+        y, x = int(rng.integers(height)), int(rng.integers(width))
+        root = math.sqrt(1 - share)
+        if self.timm:
+            h, w = int(root * height) // 2, int(root * width) // 2
+        else:
+            h, w = int(0.5 * root * height), int(0.5 * root * width)
+        box = max(y - h, 0), max(x - w, 0), min(y + h, height), min(x + w, width)
+        area = (box[2] - box[0]) * (box[3] - box[1])
+        return 1 - area / (height * width), box  # what was cut off at the border counts
+
+    def mix(self, images, share, box):
+        """λ·x + (1 - λ)·partner, or the partner's pixels in the box."""
+        if share == 1:
+            return images
+        if box is None:
+            mixed = images.float() * share + self.partner(images).float() * (1 - share)
+            return mixed.round_() if self.timm else mixed
+        top, left, bottom, right = box
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = self.partner(images)[:, :, top:bottom, left:right]
+        return mixed
+
+    def mix_targets(self, labels, share):
+        """(B, C): λ·t + (1 - λ)·partner's, t having 1 - s + s/C at the label and s/C elsewhere.
+
+        Smoothing after mixing, as torchvision does in its loss, gives the same: it is linear and
+        λ + (1 - λ) = 1.
+        """
+        off = self.smoothing / self.num_classes
+        target = torch.full((len(labels), self.num_classes), off, device=labels.device)
+        target.scatter_(1, labels[:, None], 1 - self.smoothing + off)
+        return target * share + self.partner(target) * (1 - share)
+
+    def loss(self, logits, target):
+        """Cross-entropy with label smoothing, which soft targets have in them already."""
+        smoothing = 0.0 if target.is_floating_point() else self.smoothing
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+
+    def erase(self, x, rng):
+        """Fill one random rectangle in some of the images, in place. x: (B, 3, H, W) float."""
+        if self.erase_prob <= 0:
+            return x
+        batch, _, height, width = x.shape
+        chosen = np.flatnonzero(rng.random(batch) < self.erase_prob)
+        largest, ratio = (1 / 3, 1 / 0.3) if self.timm else (0.33, 3.3)
+        area = rng.uniform(0.02, largest, (len(chosen), 10)) * height * width  # ten tries each
+        aspect = np.exp(rng.uniform(math.log(0.3), math.log(ratio), area.shape))
+        h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        place = rng.random((2, len(chosen)))
+        noise = int(rng.integers(2 ** 62))
+        fits = (h < height) & (w < width)
+        first = fits.argmax(1)[:, None]
+        h, w = (np.take_along_axis(side, first, 1)[:, 0] for side in (h, w))
+        top, left = np.floor(place[0] * (height - h + 1)), np.floor(place[1] * (width - w + 1))
+        boxes = np.stack((chosen, top, top + h, left, left + w))[:, fits.any(1)].astype(np.int64)
+        if boxes.shape[1] == 0:
+            return x
+        images, *edges = torch.from_numpy(boxes).to(x.device)
+        top, bottom, left, right = (edge.view(-1, 1, 1, 1) for edge in edges)
+        i = torch.arange(height, device=x.device)[:, None]
+        j = torch.arange(width, device=x.device)
+        inside = (i >= top) & (i < bottom) & (j >= left) & (j < right)         # (n, 1, H, W)
+        fill = 0.0
+        if self.erase_mode != "const":
+            generator = torch.Generator(x.device).manual_seed(noise)
+            shape = x[images].shape if self.erase_mode == "pixel" else (len(images), 3, 1, 1)
+            fill = torch.randn(shape, generator=generator, device=x.device)
+        x[images] = torch.where(inside, fill, x[images])
+        return x
 
 
 # ----------------------------------------------------------------------------------------
