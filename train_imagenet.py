@@ -827,11 +827,12 @@ def train(run, folder, rows, progress):
                 if not all(p.isfinite().all() for p in run.model.parameters()):
                     raise FloatingPointError("a weight is not finite")
                 save_checkpoint(checkpoint, run, rows, progress.saved(run))
+                if told:
+                    where = f" in epoch {epoch + 1} after step {progress.step}"
+                    raise KeyboardInterrupt(told, where)
         except FloatingPointError as error:
             raise Diverged(f"training diverged in epoch {epoch + 1} ({error}): try a smaller --lr, "
                            f"a longer --warmup or more --damping; {folder} keeps what was before")
-        if told:
-            raise KeyboardInterrupt(told, f" in epoch {epoch + 1} after step {progress.step}")
         loss, acc, images = progress.means(run)
         row = dict.fromkeys(COLUMNS)
         row.update(epoch=epoch + 1, lr=learning_rate(config, epoch), train_loss=loss, train_acc=acc,
@@ -1072,21 +1073,28 @@ def smoke(stop):
     """Every optimizer for some steps in both recipes, amp, accumulation, EMA, then a resumed run."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
-        def go(folder, flags):
-            argv = ["--dummy", "16", "--train_crop_size", "32", "--val_crop_size", "32",
-                    "--val_resize_size", "32", "--batch_size", "4", "--workers", "0", "--device",
-                    "cpu", "--output_dir", str(Path(root, folder)), *flags.split()]
+        def go(folder, flags, size=64):
+            argv = (f"--dummy 16 --train_crop_size {size} --val_crop_size {size} "
+                    f"--val_resize_size {size} --batch_size 4 --workers 0 --device cpu").split()
+            argv += ["--output_dir", str(Path(root, folder)), *flags.split()]
             launch(parse(argv), argv, stop)
 
         for optim in RECIPES["timm"]:
-            go(f"deit-{optim}", f"--model deit_tiny_patch16_224 --epochs 1 --opt {optim} --amp")
+            go(f"deit-{optim}", f"--model deit_tiny_patch16_224 --epochs 1 --opt {optim} --amp", 32)
         for optim in ("sgd", "mac", "nysact"):
             go(f"resnet-{optim}", f"--model resnet18 --epochs 1 --opt {optim} --accum 2 "
                "--model-ema --mixup 0.2 --cutmix 1 --random-erase 0.5 --norm-weight-decay 0")
         twice = "--model resnet18 --opt mac --epochs 2 --warmup 1 --model-ema"
         go("straight", twice)
-        go("again", twice)
-        go("again", f"{twice} --resume")
+        stop.number = signal.SIGTERM           # as if it came in the first step
+        with contextlib.suppress(KeyboardInterrupt):
+            go("resumed", twice)
+        stop.number = 0
+        go("resumed", f"{twice} --resume")
+        a, b = (Path(root, folder, "log.csv").read_text().splitlines()
+                for folder in ("straight", "resumed"))
+        if [line.split(",")[:6] for line in a] != [line.split(",")[:6] for line in b]:
+            raise Diverged("a resumed run differs from the uninterrupted one")
     return f"smoke test passed: {' '.join(RECIPES['timm'])}, {time.perf_counter() - start:.0f} s"
 
 
