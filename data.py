@@ -2,6 +2,8 @@
 
     python data.py shapes                        # ten classes drawn by numpy, no download
     python data.py cifar10 --data_dir data       # download (or resume, or only verify)
+    python data.py pack imagenet packed          # class folders of images, as arrays
+    python data.py rate                          # images/s that a core decodes and augments
 
     from data import load, batches
     data = load("cifar10", "data")
@@ -10,7 +12,8 @@
                             train=True, seed=0, epoch=epoch, mean=data.mean, std=data.std):
 
 A data set of this size lives on the device as uint8 (CIFAR-10: 0.2 GB), where cropping and
-flipping a batch is one gather: no worker processes, no image library.
+flipping a batch is one gather: no worker processes, no image library. ImageNet does not fit there:
+the section of that name reads and augments images in worker processes, and finishes on the device.
 
 Sources are in the tables right below. Archives are verified by checksum every time before they
 are read, whoever put them there; nothing is unpacked to disk; a file that is damaged is reported
@@ -27,10 +30,14 @@ import json
 import math
 import os
 import pickle
+import re
+import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -847,8 +854,8 @@ def quoted(names, most=3):
 class PackedImages:
     """One split of a folder that `python data.py pack` wrote; read without Pillow.
 
-    SPLIT.images.npy (N, S, S, 3) uint8, SPLIT.labels.npy (N,) int64, SPLIT.json with the rest,
-    which is written last: a split without it is unfinished. Raises DataError.
+    SPLIT.images.npy (N, S, S, 3) uint8, SPLIT.labels.npy (N,) int64, SPLIT.packed.json
+    with the rest, which is written last: a split without it is unfinished. Raises DataError.
     """
     kind = "packed"
 
@@ -857,7 +864,7 @@ class PackedImages:
         self.where = f"{self.file} (packed)"
         again = "remove it and run `python data.py pack` again"
         try:
-            with open(os.path.join(folder, f"{split}.json"), encoding="utf-8") as file:
+            with open(os.path.join(folder, f"{split}.packed.json"), encoding="utf-8") as file:
                 about = json.load(file)
             self.labels = np.load(os.path.join(folder, f"{split}.labels.npy"))
             shape = (about["count"], about["size"], about["size"], 3)
@@ -870,7 +877,7 @@ class PackedImages:
             raise DataError(f"the packing of {split} in {folder} is damaged or truncated "
                             f"({error}); {again}.") from error
         if images.shape != shape or images.dtype != np.uint8 or self.labels.shape != shape[:1]:
-            raise DataError(f"{self.file}, its labels and {split}.json in {folder} do not belong "
+            raise DataError(f"{self.file}, its labels and {split}.packed.json do not belong "
                             f"together; {again}.")
         check_labels(self.labels, len(self.classes), os.path.join(folder, f"{split}.labels.npy"))
         check_classes(self.classes, classes, self.file)
@@ -931,7 +938,7 @@ def open_images(root, split, classes=None):
             raise DataError(f"{root} is not a folder; give the one that holds the training and "
                             "validation images.")
         for name in dict.fromkeys((split, *synonyms)):
-            if os.path.exists(os.path.join(root, f"{name}.json")):
+            if os.path.exists(os.path.join(root, f"{name}.packed.json")):
                 return PackedImages(root, name, classes)
             if os.path.isdir(os.path.join(root, name)):
                 return FolderImages(os.path.join(root, name), classes)
@@ -953,6 +960,7 @@ def dummy_images(count, image_size, num_classes, seed=0):
 # ---------------------------------------------------------------- from an image to a tensor
 
 INTERPOLATIONS = ("bilinear", "bicubic")
+MEAN_COLOUR = (124, 116, 104)  # 255 times the mean of ImageNet's pixels
 
 
 def resize(image, box, size, interpolation):
@@ -978,9 +986,16 @@ def size_of(image):
     return image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
 
 
+def mirrored(image):
+    """An image of either kind, left and right exchanged."""
+    if isinstance(image, np.ndarray):
+        return image[:, ::-1]
+    return image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
+
+
 def to_tensor(image):
     """(3, H, W) uint8, contiguous, of an image of either kind."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).contiguous()
 
 
 def random_crop(height, width, scale, ratio, rng):
@@ -1000,14 +1015,30 @@ def random_crop(height, width, scale, ratio, rng):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def jitter(image, strength, rng):
+    """Brightness, contrast and colour of an (H, W, 3) uint8 array, changed in random order.
+
+    Each is x -> d + f·(x - d), f uniform in 1 ± strength: d is black, the mean grey, or each
+    pixel's own grey.
+    """
+    for k in rng.permutation(3):
+        factor = np.float32(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        base = np.float32(0)
+        if k:
+            grey = (image @ np.array([19595, 38470, 7471]) + 32768) >> 16  # (H, W), Rec. 601
+            base = np.float32(int(grey.mean() + 0.5)) if k == 1 else grey[..., None]
+            base = base.astype(np.float32)
+        image = np.clip(base + factor * (image - base), 0, 255).astype(np.uint8)
+    return image
+
+
 class TrainTransform:
     """Random crop to size × size, flip, and a policy or colour jitter; see train_transform."""
 
     def __init__(self, size, interpolation, scale, ratio, hflip, policy, color_jitter):
         self.size, self.interpolation = size, interpolation
         self.scale, self.ratio, self.hflip = tuple(scale), tuple(ratio), hflip
-        self.policy = policy
-        self.color_jitter = 0.0 if policy else color_jitter
+        self.policy, self.color_jitter = policy, color_jitter
 
     def __call__(self, image, rng):
         """image: PIL RGB or (H, W, 3) uint8; rng: numpy Generator. (3, size, size) uint8."""
@@ -1016,9 +1047,15 @@ class TrainTransform:
         if interpolation == "random":
             interpolation = INTERPOLATIONS[rng.integers(2)]
         image = resize(image, box, (self.size, self.size), interpolation)
-        flip = rng.random() < self.hflip
-        tensor = to_tensor(image)
-        return tensor.flip(2) if flip else tensor
+        if rng.random() < self.hflip:
+            image = mirrored(image)
+        if self.policy:
+            if isinstance(image, np.ndarray):
+                image = pillow().fromarray(np.ascontiguousarray(image))
+            image = self.policy(image, rng)
+        elif self.color_jitter:
+            image = jitter(np.asarray(image), self.color_jitter, rng)
+        return to_tensor(image)
 
 
 def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 1.0),
@@ -1028,12 +1065,21 @@ def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 
     recipe "torchvision" (the ResNets') or "timm" (the transformers') sets what is None:
     interpolation: bilinear, or "random" (bilinear or bicubic, a coin per image).
     color_jitter: none, or 0.4; never with a policy.
-    policy: None, "ta_wide" (TrivialAugment) or RandAugment as in "rand-m9-mstd0.5-inc1".
-    scale, ratio: of the random crop; hflip: probability of mirroring.
+    policy: None, "ta_wide" or as in "rand-m9-mstd0.5-inc1"; see trivial_augment and RandAugment.
+    scale, ratio: of the random crop; hflip: probability of mirroring. Raises DataError.
     """
     timm = recipe == "timm"
     interpolation = interpolation or ("random" if timm else "bilinear")
     color_jitter = (0.4 if timm else 0.0) if color_jitter is None else color_jitter
+    if policy:
+        pillow(f"the policy {policy}")
+        if policy == "ta_wide":
+            policy = trivial_augment
+        elif policy.split("-")[0] == "rand":
+            policy = RandAugment(policy, interpolation)
+        else:
+            raise DataError(f"no augmentation policy is called '{policy}'; choose ta_wide, or "
+                            "RandAugment as in rand-m9-mstd0.5-inc1.")
     return TrainTransform(size, interpolation, scale, ratio, hflip, policy, color_jitter)
 
 
@@ -1063,6 +1109,132 @@ def eval_transform(resize, crop, interpolation="bilinear"):
     Published: 232, 224, bilinear (ResNets) and 248, 224, bicubic (DeiT, Swin). Raises DataError.
     """
     return EvalTransform(resize, crop, interpolation)
+
+
+# ---------------------------------------------------------------- augmentation policies
+
+
+def operate(image, name, value=None, interpolation="bilinear", fill=(0, 0, 0)):
+    """One operation of the policies on a PIL image of mode RGB.
+
+    value: a factor (brightness, color, contrast, sharpness: 1 changes nothing), degrees counter-
+    clockwise (rotate), pixels (translate), a slope (shear, about the top left corner), the bits
+    that are kept (posterize), the level from which on pixels are inverted (solarize), or what is
+    added below level 128 (solarize_add). fill: the colour of what comes in from outside.
+    """
+    from PIL import Image, ImageEnhance, ImageOps
+    if name == "identity":
+        return image
+    if name in ("brightness", "color", "contrast", "sharpness"):
+        return getattr(ImageEnhance, name.capitalize())(image).enhance(value)
+    if name in ("autocontrast", "equalize"):
+        return getattr(ImageOps, name)(image)
+    resample = Image.Resampling[interpolation.upper()]
+    if name == "rotate":
+        return image.rotate(value, resample, fillcolor=fill)
+    matrix = {"shear_x": (1, value, 0, 0, 1, 0), "shear_y": (1, 0, 0, value, 1, 0),
+              "translate_x": (1, 0, value, 0, 1, 0), "translate_y": (1, 0, 0, 0, 1, value)}
+    if name in matrix:
+        return image.transform(image.size, Image.Transform.AFFINE, matrix[name], resample,
+                               fillcolor=fill)
+    levels = range(256)
+    if name == "invert":
+        table = [255 - v for v in levels]
+    elif name == "posterize":  # a mask, since Pillow's own refuses 0 bits, which are black
+        table = [v & ~((1 << (8 - value)) - 1) for v in levels]
+    elif name == "solarize":
+        table = [v if v < value else 255 - v for v in levels]
+    elif name == "solarize_add":
+        table = [min(255, v + value) if v < 128 else v for v in levels]
+    return image.point(table * 3)
+
+
+TRIVIAL_AUGMENT = ("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
+                   "brightness", "color", "contrast", "sharpness", "posterize", "solarize",
+                   "autocontrast", "equalize")
+
+
+def trivial_augment(image, rng):
+    """TrivialAugment (arXiv 2103.10158), the wide space: one operation of 14, one strength of 31.
+
+    The strengths are torchvision's; what has two directions takes either.
+    """
+    name = TRIVIAL_AUGMENT[rng.integers(len(TRIVIAL_AUGMENT))]
+    step, sign = int(rng.integers(31)), 1 - 2 * int(rng.integers(2))
+    return operate(image, name, trivial_value(name, step, sign))
+
+
+def trivial_value(name, step, sign):
+    """What `operate` gets for a strength of 0 to 30 and a sign."""
+    if name in ("brightness", "color", "contrast", "sharpness"):
+        return 1 + sign * 0.033 * step
+    return {"shear_x": sign * 0.033 * step, "shear_y": sign * 0.033 * step,
+            "translate_x": -int(sign * 32 * step / 30), "translate_y": -int(sign * 32 * step / 30),
+            "rotate": sign * 4.5 * step, "posterize": 8 - round(step / 5),
+            "solarize": 255 - 8.5 * step}.get(name)
+
+
+RAND_AUGMENT = ("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize",
+                "solarize_add", "color", "contrast", "brightness", "sharpness", "shear_x",
+                "shear_y", "translate_x", "translate_y")
+
+
+class RandAugment:
+    """RandAugment (arXiv 1909.13719) with timm's operations, strengths and grammar.
+
+    text: `rand` and, between dashes in any order, m9: the magnitude (10); n2: operations per
+    image (2); p0.5: the probability of each (0.5); mstd0.5: the standard deviation of the
+    magnitude (0), above 100 it is uniform from 0 to m; mmax10: its upper limit (10); inc1: the
+    operations whose effect grows with the magnitude throughout. (timm takes w and t, weights and
+    sets of operations, as well.) interpolation: as train_transform's. Raises DataError.
+    """
+
+    def __init__(self, text, interpolation="random"):
+        kinds = {"m": int, "n": int, "p": float, "mstd": float, "mmax": int, "inc": str}
+        options = {"m": 10, "n": 2, "p": 0.5, "mstd": 0.0, "mmax": 10, "inc": ""}
+        for word in text.split("-")[1:]:
+            match = re.fullmatch(r"([a-z]+)(\d[\d.]*)", word)
+            try:
+                options[match[1]] = kinds[match[1]](match[2])
+            except (TypeError, KeyError, ValueError) as error:
+                raise DataError(f"'{word}' in the policy '{text}' is not understood; it is made "
+                                "of rand, m9, n2, p0.5, mstd0.5, mmax10 and inc1.") from error
+        self.magnitude, self.layers, self.prob = options["m"], options["n"], options["p"]
+        self.deviation, self.largest = options["mstd"], options["mmax"]
+        self.increasing, self.interpolation = bool(options["inc"]), interpolation
+        if self.layers < 1 or self.prob > 1:
+            raise DataError(f"the policy '{text}' needs n of at least 1 and p of at most 1.")
+
+    def __call__(self, image, rng):
+        for k in rng.integers(len(RAND_AUGMENT), size=self.layers):
+            if rng.random() >= self.prob:
+                continue
+            magnitude = self.magnitude
+            if self.deviation > 100:
+                magnitude = rng.uniform(0, magnitude)
+            elif self.deviation > 0:
+                magnitude = rng.normal(magnitude, self.deviation)
+            level = min(max(magnitude, 0.0), self.largest) / 10
+            interpolation = self.interpolation
+            if interpolation == "random":
+                interpolation = INTERPOLATIONS[rng.integers(2)]
+            sign = 1 - 2 * int(rng.integers(2))
+            value = self.value(RAND_AUGMENT[k], level, sign, image.size)
+            image = operate(image, RAND_AUGMENT[k], value, interpolation, MEAN_COLOUR)
+        return image
+
+    def value(self, name, level, sign, size):
+        """What `operate` gets; level: magnitude/10; size: (width, height)."""
+        if name in ("brightness", "color", "contrast", "sharpness"):
+            return max(0.1, 1 + sign * 0.9 * level) if self.increasing else 0.1 + 1.8 * level
+        bits, threshold = int(4 * level), min(256, int(256 * level))
+        return {"rotate": sign * 30 * level,
+                "posterize": 4 - bits if self.increasing else bits,
+                "solarize": 256 - threshold if self.increasing else threshold,
+                "solarize_add": min(128, int(110 * level)),
+                "shear_x": sign * 0.3 * level, "shear_y": sign * 0.3 * level,
+                "translate_x": sign * 0.45 * level * size[0],
+                "translate_y": sign * 0.45 * level * size[1]}.get(name)
 
 
 # ---------------------------------------------------------------- batches of images
@@ -1243,7 +1415,8 @@ class Finish:
         """(λ, box): the share that images keep; CutMix's (top, left, bottom, right), or None."""
         if rng.random() >= self.mixup_prob:
             return 1.0, None
-        cutmix = self.mixup_alpha <= 0 or (self.cutmix_alpha > 0 and rng.random() < self.switch_prob)
+        probability = (self.cutmix_alpha > 0) * (self.switch_prob if self.mixup_alpha > 0 else 1)
+        cutmix = rng.random() < probability
         alpha = self.cutmix_alpha if cutmix else self.mixup_alpha
         share = float(rng.beta(alpha, alpha))
         if not cutmix:
@@ -1319,27 +1492,218 @@ class Finish:
         return x
 
 
+# ---------------------------------------------------------------- packing
+
+
+def pack(src, dst, size, workers=0):
+    """Write the class folders of `src` into `dst` as arrays of size × size images.
+
+    Every image is scaled (bicubic) until its short side is `size`, and its centre is kept. A
+    split's files get their names when they are complete, SPLIT.packed.json last; an interrupted
+    split is begun anew, one that is there already is left alone if it came from the same images
+    and refused if not. Prints what it wrote. Raises DataError.
+    """
+    src, dst = os.path.abspath(os.path.expanduser(src)), os.path.expanduser(dst)
+    train = open_images(src, "train")
+    sources = {"train": train, "val": open_images(src, "val", train.classes)}
+    todo = {}
+    try:
+        os.makedirs(dst, exist_ok=True)
+        for split, source in sources.items():
+            if source.kind != "folder":
+                raise DataError(f"{src} is packed already; give a folder with train/<class>/ and "
+                                "val/<class>/.")
+            about = {"count": len(source), "size": size, "from": source.folder,
+                     "classes": source.classes}
+            if not packed_already(dst, split, about):
+                todo[split] = source, about
+        needed = sum(len(source) for source, _ in todo.values()) * size * size * 3
+        free = shutil.disk_usage(dst).free
+        if needed > free:
+            raise DataError(f"{dst} needs {needed / 1e9:.1f} GB, but its disk has only "
+                            f"{free / 1e9:.1f} GB left; choose a smaller size or another disk.")
+        for split, (source, about) in todo.items():
+            print(write_packed(dst, split, source, about, workers))
+    except OSError as error:
+        raise DataError(f"cannot write {error.filename or dst}: {error.strerror or error}."
+                        ) from error
+
+
+def packed_already(dst, split, about):
+    """Whether this split is there, complete. Raises DataError if it is another packing."""
+    path = os.path.join(dst, f"{split}.packed.json")
+    if not os.path.exists(path):
+        return False
+    there = PackedImages(dst, split)
+    with open(path, encoding="utf-8") as file:
+        found = json.load(file)
+    if found != about:
+        raise DataError(f"{dst} holds another packing of {split}: {len(there)} images of "
+                        f"{found['size']} pixels from {found.get('from')}; remove it, or choose "
+                        "another folder.")
+    print(f"{there.file}: complete already, left as it is")
+    return True
+
+
+def write_packed(dst, split, source, about, workers):
+    """Write one split; returns a line that says what."""
+    size = about["size"]
+    transform = EvalTransform(size, size, "bicubic")
+    loader = ImageLoader(source, transform, 64, seed=0, train=False, workers=workers)
+    place = os.path.join(dst, f"{split}.images.npy")
+    with open(place + ".part", "wb") as file, tqdm(
+            desc=f"packing {split}", total=len(source), unit=" images", disable=None) as bar:
+        np.lib.format.write_array_header_1_0(file, {
+            "descr": "|u1", "fortran_order": False, "shape": (len(source), size, size, 3)})
+        for images, _ in loader:
+            file.write(images.permute(0, 2, 3, 1).contiguous().numpy().data)
+            bar.update(len(images))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(place + ".part", place)
+    np.save(os.path.join(dst, f"{split}.labels.npy"), source.labels)
+    path = os.path.join(dst, f"{split}.packed.json")
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(about, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".part", path)
+    return (f"{place}: {len(source)} images of {size}x{size}, {len(source.classes)} classes, "
+            f"{os.path.getsize(place) / 1e6:.1f} MB")
+
+
+# ---------------------------------------------------------------- rates
+
+
+def noise_images(count, height=375, width=500):
+    """Images (count, H, W, 3) uint8 that compress like photographs: 1/f noise, little colour."""
+    rng = random_state(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf  # no constant part
+    white = rng.standard_normal((count, 4, height, width))
+    noise = np.fft.irfft2(np.fft.rfft2(white) / frequency ** 1.05, (height, width))
+    noise /= noise.std((2, 3), keepdims=True)
+    images = 128 + 50 * (0.95 * noise[:, :1] + 0.05 * noise[:, 1:])        # (count, 3, H, W)
+    return np.clip(images, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def images_per_second(work, items, seconds=1.0):
+    """Median over passes through the items, in CPU time of this process."""
+    passes = []
+    while sum(passes) < seconds or len(passes) < 3:
+        start = time.process_time()
+        for i, item in enumerate(items):
+            work(item, random_state(0, len(passes), i))
+        passes.append(time.process_time() - start)
+    return len(items) / float(np.median(passes))
+
+
+def print_rates(root=None, count=32):
+    """Print images/s of one core for decoding and each recipe's transform, files and packed."""
+    Image = pillow()
+    torch.set_num_threads(1)
+    kinds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if root is None:
+            for name, quality, subsampling in (("q90 4:2:0", 90, 2), ("q95 4:4:4", 95, 0)):
+                kinds[name] = [os.path.join(folder, f"{quality}-{i}.jpg") for i in range(count)]
+                for path, image in zip(kinds[name], noise_images(count)):
+                    Image.fromarray(image).save(path, quality=quality, subsampling=subsampling)
+        else:
+            source = open_images(root, "train")
+            if source.kind != "folder":
+                raise DataError(f"{root} is packed; give class folders of image files.")
+            chosen = random_state(0).permutation(len(source))[:count]
+            kinds["its files"] = [source.path(i) for i in chosen]
+        shrink = EvalTransform(256, 256, "bicubic")
+        rates, sizes = {}, []
+        for name, paths in kinds.items():
+            rates[name] = measure_rates(paths)
+            sizes.append(sum(map(os.path.getsize, paths)) / len(paths) / 1e3)
+        rates["packed 256"] = measure_rates([shrink(read_image(path)).permute(1, 2, 0).numpy()
+                                             for path in paths])
+        sizes.append(256 * 256 * 3 / 1e3)
+    print(f"images/s of one core, in CPU time; torch {torch.__version__}, Pillow "
+          f"{sys.modules['PIL'].__version__}")
+    print(f"{'':<32}" + "".join(f"{name:>12}" for name in rates))
+    print(f"{'kB per image':<32}" + "".join(f"{size:>12.0f}" for size in sizes))
+    for row in rates["packed 256"]:
+        print(f"{row:<32}" + "".join(f"{column[row]:>12.0f}" for column in rates.values()))
+
+
+def measure_rates(items):
+    """{operation: images/s} for a list of paths or of arrays."""
+    transforms = {
+        "random crop 176, flip": train_transform("torchvision", 176),
+        "  the same, ta_wide": train_transform("torchvision", 176, policy="ta_wide"),
+        "random crop 224, flip, rand-m9": train_transform(
+            "timm", 224, policy="rand-m9-mstd0.5-inc1"),
+        "short side 232, centre 224": EvalTransform(232, 224, "bilinear")}
+    read = read_image if isinstance(items[0], str) else np.asarray
+    rates = {"reading": images_per_second(lambda item, _: read(item), items)}
+    for name, transform in transforms.items():
+        rates[name] = images_per_second(lambda item, rng: transform(read(item), rng), items)
+    return rates
+
+
 # ----------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Download or verify a data set.")
-    parser.add_argument("name", help=", ".join(STATISTICS))
-    parser.add_argument("--data_dir", "--data-dir", default="data",
-                        help="the folder that holds it or is to hold it (default: data)")
-    args = parser.parse_args()
+    """A data set's name, or one of two commands with arguments of their own."""
+    commands = {"pack": pack_command, "rate": rate_command}
     try:
-        data = load(args.name, args.data_dir)
+        command = commands.get(sys.argv[1] if sys.argv[1:] else "", load_command)
+        return command(sys.argv[1:])
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # NAME.part stays, and the next run goes on from there
+        return 130  # NAME.part stays: a download goes on from there, a packing begins anew
+
+
+def load_command(words):
+    parser = argparse.ArgumentParser(
+        description="Download or verify a data set; see also data.py pack --help, data.py rate "
+        "--help.")
+    parser.add_argument("name", help=", ".join(STATISTICS))
+    parser.add_argument("--data_dir", "--data-dir", default="data",
+                        help="the folder that holds it or is to hold it (default: data)")
+    args = parser.parse_args(words)
+    data = load(args.name, args.data_dir)
     shape = "x".join(map(str, data.train_images.shape[1:]))
     print(f"{args.name}: {len(data.train_images)} training and {len(data.test_images)} test images "
           f"of {shape}, {data.num_classes} classes; {data.source}")
+    return 0
+
+
+def pack_command(words):
+    parser = argparse.ArgumentParser(
+        prog="data.py pack", description="Write class folders as uint8 arrays, which are read "
+        "without decoding and without Pillow.")
+    parser.add_argument("src", help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument("dst", help="folder for the arrays; give it to train_imagenet.py")
+    parser.add_argument("--size", type=int, default=256,
+                        help="pixels of a side: the short side is scaled to it and the centre "
+                        "kept (default: 256; a million images need 197 GB)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="processes that decode (default: the machine's cores)")
+    args = parser.parse_args(words[1:])
+    if args.size < 1 or args.workers < 0:
+        raise DataError("--size must be at least 1 and --workers at least 0.")
+    pack(args.src, args.dst, args.size, args.workers)
+    return 0
+
+
+def rate_command(words):
+    parser = argparse.ArgumentParser(
+        prog="data.py rate", description="Measure how many images a core of this machine decodes "
+        "and augments in a second.")
+    parser.add_argument("--root", help="folder with train/<class>/ whose files are measured "
+                        "(default: generated 500x375 JPEGs)")
+    print_rates(parser.parse_args(words[1:]).root)
     return 0
 
 

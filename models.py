@@ -154,7 +154,8 @@ class ResNet(nn.Module):
                  large_images=False, drop=0.0, drop_path=0.0):
         super().__init__()
         self.large_images = large_images
-        self.conv1 = conv(in_channels, widths[0], *((7, 2) if large_images else (3,)))
+        self.conv1 = (conv(in_channels, widths[0], 7, 2) if large_images
+                      else conv(in_channels, widths[0], 3))
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.stages = len(depths)
         in_planes, rates = widths[0], iter(drop_rates(drop_path, sum(depths)))
@@ -755,7 +756,7 @@ def load_pretrained(model, path):
     except OSError:
         raise
     except Exception:  # which one depends on what the file is
-        raise ValueError(f"{path} is damaged, is no file of torch.save, or holds more than weights: "
+        raise ValueError(f"{path} is damaged, not from torch.save, or holds more than weights: "
                          "torch.load(weights_only=True) refuses it.") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -809,7 +810,7 @@ def check_fit(path, own, state):
               for key in shapes[:1]]
     if not wrong:
         return
-    advice = "is it another network's?"
+    advice = "it seems to be another network's"
     if not missing and not foreign:
         if all(key.startswith(("fc.", "head.")) for key in shapes):
             advice = f"build the network with num_classes={len(state[shapes[0]])}, as in the file"
