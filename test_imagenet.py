@@ -320,14 +320,15 @@ def test_accumulation():
             for flags in "-b 12", "-b 4 --accum 3":
                 main(f"{SMALL} {flags} --opt {optim} --lr 0.02 --output-dir {tmp}/{optim}{flags[3]}")
                 moved.append(weights(tmp / f"{optim}{flags[3]}") - weights_at_start())
-            close(f"{optim}: six steps of 3×4 images as of 12", moved[1], moved[0], 2e-4)
+            close(f"{optim}: six steps of 3×4 images as of 12", moved[1], moved[0], 1e-4)
     x, labels = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8), torch.randint(1000, (12,))
     for optim in ("mac", "kfac", "adafisher"):
         gradients = []
         for sizes in [12], [6, 4, 2]:
-            args = train_imagenet.parse(f"{SMALL} --opt {optim} --output-dir x".split())
+            args = train_imagenet.parse(f"{SMALL} -b 12 --opt {optim} --output-dir x".split())
             ranks = train_imagenet.Ranks(0, 1, torch.device("cpu"))
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), \
+                    contextlib.redirect_stderr(io.StringIO()):
                 run, _ = train_imagenet.prepare(args, ranks, train_imagenet.Stop())
             train_imagenet.train_step(run, list(zip(x.split(sizes), labels.split(sizes))), 0, 0)
             gradients.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
@@ -441,6 +442,9 @@ def test_class_folders():
 # ---------------------------------------------------------------------------------------------
 
 OPTIMIZERS = list(train_imagenet.RECIPES["timm"])
+# For processes that do not know the networks of the tests.
+DEIT = SMALL.replace("deit_test", "deit_tiny_patch16_224") + (
+    " -b 4 --dummy 64 --print-freq 1 --mixup 0.2 --model-ema")
 EVAL = "--model resnet_test --train-crop-size 32 --val-resize-size 32 --val-crop-size 32 --epochs 1"
 
 
@@ -452,18 +456,20 @@ def jobs():
         for world in (2, 3):
             todo[f"{optim}-{world}"] = (world, f"{SMALL} -b {12 // world} --opt {optim} {lr}", None)
     todo["accum-2"] = (2, f"{SMALL} -b 2 --accum 3 --opt mac", None)
-    # three training steps; 9 + 1 test images, of which the third rank has fewer
-    ema = f"{SMALL} {EVAL} --model-ema --model-ema-steps 1 --dummy 43"
+    # ten test images: not all ranks have as many
+    ema = f"{SMALL} {EVAL} --model-ema --model-ema-steps 1 --dummy 42"
     todo["eval-2"] = (2, f"{ema} -b 6", None)
     todo["eval-3"] = (3, f"{ema} -b 4", None)
     todo["empty-3"] = (3, f"{SMALL} {EVAL} -b 4 --dummy 12 --model-ema", None)     # 3 test images
-    todo["empty-shard-3"] = (3, f"{SMALL} {EVAL} -b 2 --dummy 8", None)            # 2
+    todo["empty-shard-3"] = (3, f"{SMALL} {EVAL} -b 4 --dummy 8", None)            # 2
     bits = f"{SMALL} {EVAL} --epochs 3 -b 6 --mixup 0.2 --model-ema --model-ema-steps 1"
     todo["straight-2"] = (2, bits, None)
     todo["stopped-2"] = (2, bits, 4)
     todo["stopped-2 resumed"] = (2, f"{bits} --resume", None)
     todo["moved-3"] = (3, f"{SMALL} -b 4 --opt mac", 3)
     todo["moved-3 resumed"] = (2, f"{SMALL} -b 6 --opt mac --resume", None)
+    todo["moved-3 refused"] = (2, f"{SMALL} -b 6 --opt mac", None)
+    todo["deit"] = (2, DEIT, None)
     return todo
 
 
@@ -519,7 +525,7 @@ def watch(argv, last, sigterm):
     out, err = io.StringIO(), io.StringIO()
     with mock.patch.object(train_imagenet, "save_checkpoint", saving), \
             mock.patch.object(train_imagenet, "train_step", stepping), \
-            mock.patch.object(dist, "all_reduce", reducing), \
+            mock.patch.object(dist, "all_reduce", reducing), mock.patch("time.sleep"), \
             contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         collectives.append(0)
         status = train_imagenet.main(shlex.split(argv))
@@ -543,7 +549,7 @@ def ranks():
     for name in jobs():
         for rank, result in enumerate(seen):
             if name in result:
-                want = 143 if jobs()[name][2] else 0
+                want = 143 if jobs()[name][2] else 2 if "refused" in name else 0
                 assert result[name]["status"] == want, (name, rank, result[name])
                 assert rank == 0 or not result[name]["out"] + result[name]["err"], result[name]
     return seen, Path(root.name), root
@@ -556,7 +562,8 @@ def test_ranks_agree():
     for name, result in seen[0].items():
         for other in seen[1:]:
             if name in other:
-                assert result["digests"] and result["digests"] == other[name]["digests"], name
+                assert result["digests"] == other[name]["digests"], name
+                assert result["digests"] or "refused" in name
                 checked += len(result["digests"])
     print(f"    {checked} comparisons in {len(seen[0])} runs")
 
@@ -585,8 +592,7 @@ def test_ranks_equal_one():
             one = weights(tmp / optim) - weights_at_start()
             for world in (2, 3):
                 moved = weights(root / f"{optim}-{world}") - weights_at_start()
-                # K-FAC divides by small eigenvalues, AdaFisher and AdamW by small numbers
-                tol = 1e-4 if optim in ("sgd", "mac", "nysact", "foof") else 5e-3
+                tol = 2e-2 if optim == "adamw" else 1e-5       # it divides roundings by themselves
                 close(f"{optim}: weights moved on {world} ranks as on one", moved, one, tol)
                 a, b = (read_log(place) for place in (tmp / optim, root / f"{optim}-{world}"))
                 for x, y in zip(a, b):
@@ -594,7 +600,7 @@ def test_ranks_equal_one():
                     assert x["test_acc"] == y["test_acc"] and x["lr"] == y["lr"], (x, y)
         moved = weights(root / "accum-2") - weights_at_start()
         one = weights(tmp / "mac") - weights_at_start()
-        close("mac: three micro-batches on two ranks", moved, one, 1e-4)
+        close("mac: three micro-batches on two ranks", moved, one, 1e-5)
 
 
 def test_evaluation():
@@ -635,8 +641,9 @@ def test_other_number_of_ranks():
     """Stopped on three ranks in mid-epoch, continued on two: as one run, to rounding."""
     seen, root, _ = ranks()
     assert seen[0]["moved-3"]["steps"] in (3, 4)
+    assert "moved-3 already holds a run" in seen[0]["moved-3 refused"]["err"]
     close("stopped on three ranks, continued on two", weights(root / "moved-3") - weights_at_start(),
-          weights(root / "mac-2") - weights_at_start(), 1e-4)
+          weights(root / "mac-2") - weights_at_start(), 1e-5)
     for x, y in zip(read_log(root / "moved-3"), read_log(root / "mac-2"), strict=True):
         assert abs(float(x["train_loss"]) - float(y["train_loss"])) < 1e-5, (x, y)
 
@@ -664,32 +671,26 @@ def test_published_lines_run():
         assert record(out)["processes"] == 1
 
 
-def test_torchrun_signals_and_errors():
-    """SIGTERM to torchrun, then --resume; a folder in use is told once, with status 2."""
-    flags = (f"{SMALL} {EVAL} --model resnet18 --epochs 2 -b 4 --dummy 64 --print-freq 1 "
-             "--model-ema --output-dir")
+def test_torchrun_and_sigterm():
+    """SIGTERM to torchrun, then --resume: the log of an uninterrupted run, bit for bit."""
+    _, root, _ = ranks()
     with folder() as tmp:
-        process = start(tmp, f"{flags} stopped", 2)
+        process = start(tmp, f"{DEIT} --output-dir run", 2)
         while "step 2/" not in process.stdout.readline():
             assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert err.count("stopped in epoch") == 1, err
-        saved = checkpoint(tmp / "stopped")
+        saved = checkpoint(tmp / "run")
         assert saved["partial"][0] >= 2 or saved["epoch"], saved["partial"]
-        straight = start(tmp, f"{flags} straight", 2)
-        finish(start(tmp, f"{flags} stopped --resume", 2))
-        finish(straight)
-        assert read_log(tmp / "stopped") == read_log(tmp / "straight")
-        process = start(tmp, f"{flags} straight", 2)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode and err.count("already holds a run") == 1, err
+        finish(start(tmp, f"{DEIT} --output-dir run --resume", 2))
+        assert read_log(tmp / "run") == read_log(root / "deit")
+        print(f"    stopped in epoch {saved['epoch'] + 1} after step {saved['partial'][0]}")
 
 
 def test_kill_and_resume():
     """kill -9 in mid-epoch, then --resume: the log of an uninterrupted run, bit for bit."""
-    flags = (f"{SMALL} {EVAL} --model resnet18 --epochs 3 -b 4 --dummy 24 --print-freq 1 --mixup 0.2 "
-             "--model-ema --workers 1 --output-dir")
+    flags = f"{DEIT} --epochs 3 --dummy 24 --workers 1 --output-dir"
     with folder() as tmp:
         process = start(tmp, f"{flags} killed")
         while not process.stdout.readline().startswith("epoch 2/3  step 2/"):
@@ -706,10 +707,9 @@ def test_kill_and_resume():
 
 def test_interrupt():
     """Ctrl-C: status 130, one line, and a checkpoint of this very step."""
-    flags = f"{SMALL} -b 4 --dummy 400 --epochs 99 --workers 2 --print-freq 1 --output-dir run"
     with folder() as tmp:
-        process = start(tmp, flags.replace("deit_test", "deit_tiny_patch16_224"))
-        while not process.stdout.readline().startswith("epoch 1/99  step 3/"):
+        process = start(tmp, f"{DEIT} --dummy 400 --workers 2 --output-dir run")
+        while not process.stdout.readline().startswith("epoch 1/2  step 3/"):
             assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGINT)
         _, err = finish(process, 130)
@@ -726,7 +726,7 @@ def test_smoke_and_help():
         print(f"    {time.perf_counter() - begin:.0f} s")
         text, _ = finish(process)
         assert all(f"--{name}" in text for name in vars(train_imagenet.parse([])))
-        assert "1.0 | 3.0 for mac" in text and not list(tmp.iterdir())
+        assert "1.0 | 3.0 for mac" in " ".join(text.split()) and not list(tmp.iterdir())
 
 
 if __name__ == "__main__":

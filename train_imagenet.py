@@ -1125,8 +1125,10 @@ def main(argv):
         return 128 + number
     except (UsageError, Diverged) as error:            # of all ranks: the first one says it
         tell(f"train_imagenet.py: {error}")
-        if rank:
-            time.sleep(10)       # torchrun ends all ranks when one ends, and the first is to speak
+        if rank:                 # torchrun ends all ranks when one ends, and the first is to speak
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            time.sleep(10)
         return 1 if isinstance(error, Diverged) else 2
     except (datasets.DataError, OSError, torch.OutOfMemoryError) as error:
         print(f"train_imagenet.py: {error}", file=sys.stderr, flush=True)
