@@ -770,7 +770,7 @@ def read_image(path):
     except Exception as error:  # damaged bytes fail in any way they like
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"cannot read {path}: {error.strerror}.") from error
-        raise DataError(f"{path} is damaged ({error}); remove or replace it.") from error
+        raise DataError(f"{path} cannot be decoded ({error}); remove or replace it.") from error
 
 
 class FolderImages:
@@ -966,19 +966,17 @@ MEAN_COLOUR = (124, 116, 104)  # 255 times the mean of ImageNet's pixels
 def resize(image, box, size, interpolation):
     """The part box = (top, left, height, width) of an image, scaled to size = (height, width).
 
-    image: PIL, or an (H, W, 3) uint8 array; returned as it came. Shrinking is antialiased in both
-    (Pillow always does it). The part is cut out first: with Pillow's own `box` the filter would
-    see pixels beyond it, and the result would be another.
+    A PIL image comes back as one; an (H, W, 3) uint8 array as a (3, height, width) uint8 tensor.
+    Shrinking is antialiased in both (Pillow always does it). The part is cut out first: with
+    Pillow's own `box` the filter would see pixels beyond it, and the result would be another.
     """
     top, left, height, width = box
     if not isinstance(image, np.ndarray):
         part = image.crop((left, top, left + width, top + height))
         return part.resize(size[::-1], pillow().Resampling[interpolation.upper()])
     part = torch.from_numpy(image[top:top + height, left:left + width].copy())
-    part = part.permute(2, 0, 1)[None]                                     # (1, 3, h, w)
-    # uint8 in and out: at most two levels from Pillow, which computes in fixed point as well
-    part = F.interpolate(part, size, mode=interpolation, antialias=True)
-    return part[0].permute(1, 2, 0).numpy()
+    # On uint8 torch rounds coarser than Pillow: one level off in a few per cent of the values.
+    return F.interpolate(part.permute(2, 0, 1)[None], size, mode=interpolation, antialias=True)[0]
 
 
 def size_of(image):
@@ -986,16 +984,11 @@ def size_of(image):
     return image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
 
 
-def mirrored(image):
-    """An image of either kind, left and right exchanged."""
-    if isinstance(image, np.ndarray):
-        return image[:, ::-1]
-    return image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
-
-
 def to_tensor(image):
-    """(3, H, W) uint8, contiguous, of an image of either kind."""
-    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).contiguous()
+    """(3, H, W) uint8 of a PIL image; a tensor is left as it is."""
+    if isinstance(image, torch.Tensor):
+        return image
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def random_crop(height, width, scale, ratio, rng):
@@ -1016,19 +1009,18 @@ def random_crop(height, width, scale, ratio, rng):
 
 
 def jitter(image, strength, rng):
-    """Brightness, contrast and colour of an (H, W, 3) uint8 array, changed in random order.
+    """Brightness, contrast and colour of a (3, H, W) uint8 tensor, changed in random order.
 
     Each is x -> d + f·(x - d), f uniform in 1 ± strength: d is black, the mean grey, or each
-    pixel's own grey.
+    pixel's own grey; cut off to 0...255 and to integers each time, as Pillow does.
     """
     for k in rng.permutation(3):
-        factor = np.float32(rng.uniform(max(0.0, 1 - strength), 1 + strength))
-        base = np.float32(0)
+        factor, base = rng.uniform(max(0.0, 1 - strength), 1 + strength), 0.0
         if k:
-            grey = (image @ np.array([19595, 38470, 7471]) + 32768) >> 16  # (H, W), Rec. 601
-            base = np.float32(int(grey.mean() + 0.5)) if k == 1 else grey[..., None]
-            base = base.astype(np.float32)
-        image = np.clip(base + factor * (image - base), 0, 255).astype(np.uint8)
+            red, green, blue = image.int()
+            grey = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16  # (H, W), Rec. 601
+            base = int(grey.double().mean() + 0.5) if k == 1 else grey.float()
+        image = (base + factor * (image.float() - base)).clamp_(0, 255).to(torch.uint8)
     return image
 
 
@@ -1047,15 +1039,15 @@ class TrainTransform:
         if interpolation == "random":
             interpolation = INTERPOLATIONS[rng.integers(2)]
         image = resize(image, box, (self.size, self.size), interpolation)
-        if rng.random() < self.hflip:
-            image = mirrored(image)
-        if self.policy:
-            if isinstance(image, np.ndarray):
-                image = pillow().fromarray(np.ascontiguousarray(image))
-            image = self.policy(image, rng)
-        elif self.color_jitter:
-            image = jitter(np.asarray(image), self.color_jitter, rng)
-        return to_tensor(image)
+        flip = rng.random() < self.hflip
+        if self.policy:  # made of Pillow's operations
+            if isinstance(image, torch.Tensor):
+                image = pillow().fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            if flip:
+                image = image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
+            return to_tensor(self.policy(image, rng))
+        image = to_tensor(image).flip(2) if flip else to_tensor(image)
+        return jitter(image, self.color_jitter, rng) if self.color_jitter else image
 
 
 def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 1.0),
@@ -1347,7 +1339,7 @@ class ImageLoader:
         try:
             for batch in self.loader:
                 if isinstance(batch, DataError):
-                    raise batch
+                    raise DataError(str(batch))  # a new one: `batch` would hold this frame
                 yield tuple(batch)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -1486,8 +1478,8 @@ class Finish:
         fill = 0.0
         if self.erase_mode != "const":
             generator = torch.Generator(x.device).manual_seed(noise)
-            shape = x[images].shape if self.erase_mode == "pixel" else (len(images), 3, 1, 1)
-            fill = torch.randn(shape, generator=generator, device=x.device)
+            shape = x.shape[1:] if self.erase_mode == "pixel" else (3, 1, 1)
+            fill = torch.randn((len(images), *shape), generator=generator, device=x.device)
         x[images] = torch.where(inside, fill, x[images])
         return x
 

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import math
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from test_math import close, run_tests
+from test_math import close, run_tests, skip
 
 # A shell that starts this in the background lets it, and so its children, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -439,6 +441,706 @@ def test_data_command_line():
         errors = slow.communicate(timeout=30)[1]
         assert slow.returncode == 130 and "Traceback" not in errors, errors
         assert (path / "a.part").exists()
+
+
+# ---------------------------------------------------------------- ImageNet: helpers
+
+def needs_pillow():
+    try:
+        import PIL.Image
+    except ImportError:
+        skip("Pillow is not installed (pip install pillow)")
+    return PIL.Image
+
+
+@contextlib.contextmanager
+def without_pillow():
+    """As if Pillow were not installed."""
+    data.pillow.cache_clear()
+    with mock.patch.dict(sys.modules, PIL=None):
+        yield
+    data.pillow.cache_clear()
+
+
+def smooth_image(seed, height, width):
+    """An (H, W, 3) uint8 array with structure at all scales."""
+    return data.random_state(seed).integers(0, 2, (height, width, 3)).cumsum(0).cumsum(1).astype(
+        np.uint8) ^ data.random_state(seed, 1).integers(0, 32, (height, width, 3), np.uint8)
+
+
+def class_folders(root, train=(5, 4), val=(2, 2), suffix=".jpg"):
+    """root/{train,val}/{cat,dog}/<i>.jpg, images of several sizes."""
+    Image = needs_pillow()
+    for split, counts in (("train", train), ("val", val)):
+        for name, count in zip(("cat", "dog", "eel"), counts):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(smooth_image(i, 40 + 5 * i, 61 - 3 * i))
+                image.save(root / split / name / f"{name}_{i}{suffix}")
+    return root
+
+
+def epoch_of(source, transform, batch_size=4, epoch=0, skip=0, **how):
+    """All batches of one epoch."""
+    how = {"seed": 3, "train": True, **how}
+    with warnings.catch_warnings():  # torch finds three workers many for a small machine
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader = data.ImageLoader(source, transform, batch_size, **how)
+        loader.set_epoch(epoch, skip)
+        return list(loader)
+
+
+def same(some, others):
+    return len(some) == len(others) and all(
+        torch.equal(a, b) for x, y in zip(some, others) for a, b in zip(x, y))
+
+
+# ---------------------------------------------------------------- ImageNet: checks
+
+def test_images_order():
+    """DeiT's repeated augmentation, step by step and as published; plain shuffling; shards."""
+    published = {0: ("172 137 235 195 269 373 369 420", "172 137 159 195 269 115 369 420",
+                     "172 235 159 195 373 115 369 445", "137 235 159 269 373 115 420 445"),
+                 1: ("37 158 476 31 123 165 295 262", "37 158 186 31 123 223 295 262",
+                     "37 476 186 31 165 223 295 214", "158 476 186 123 165 223 262 214")}
+    for epoch, ranks in published.items():
+        for rank, first in enumerate(ranks):
+            order = data.training_order(512, 0, epoch, rank, 4, 3)[0]
+            assert len(order) == 128 and order[:8].tolist() == list(map(int, first.split()))
+    for count, world, repeats in ((300, 4, 3), (1000, 3, 2), (256, 8, 4), (600, 5, 2.5)):
+        perm = torch.randperm(count, generator=torch.Generator().manual_seed(7 + 2)).tolist()
+        entries = [perm[int(i // repeats)] for i in range(int(count * repeats))]
+        entries += entries[:-len(entries) % world]
+        for rank in range(world):
+            want = entries[rank::world][:count // 256 * 256 // world]
+            assert data.training_order(count, 7, 2, rank, world, repeats)[0].tolist() == want
+    ranks = [data.training_order(10, 0, 5, rank, 4) for rank in range(4)]
+    assert [len(indices) for indices, _ in ranks] == [3] * 4  # two images come twice
+    assert set(np.concatenate([indices for indices, _ in ranks])) == set(range(10))
+    assert sorted(np.concatenate([positions for _, positions in ranks])) == list(range(12))
+
+    def lengths(count, size, **how):
+        source = data.dummy_images(count, 4, 3)
+        loader = data.ImageLoader(source, None, size, seed=0, **{"train": True, **how})
+        assert sum(1 for _ in loader.plan) == len(loader)
+        return [len(indices) for indices, _, _ in loader.plan]
+
+    assert lengths(10, 4) == [4, 4, 2] and lengths(10, 4, recipe="timm") == [4, 4]
+    assert lengths(300, 25, world=4, repeats=3) == [25, 25, 14]
+    assert sum(lengths(300, 25, world=1, repeats=3)) == 300  # alone: plain, as published
+    message = data_error(lambda: lengths(255, 5, world=2, repeats=3), "255", "blocks of 256")
+    print(f"    {message}")
+    print("    " + data_error(lambda: lengths(10, 6, recipe="timm", world=2), "10", "batch of 6"))
+    shards = [lengths(3, 1, train=False, rank=rank, world=4) for rank in range(4)]
+    assert shards == [[1], [1], [1], []]
+
+
+def test_images_loader():
+    """The same tensors from 0, 1 and 3 workers and after a resume; nothing is drawn elsewhere."""
+    source = data.dummy_images(50, 24, 7, seed=1)
+    transform = data.train_transform("timm", 16)
+    how = {"rank": 1, "world": 2, "recipe": "timm"}
+    before = torch.random.get_rng_state()
+    for epoch in (0, 4):
+        want = epoch_of(source, transform, epoch=epoch, **how)
+        for workers in (1, 3) if epoch else (3,):
+            assert same(want, epoch_of(source, transform, epoch=epoch, workers=workers, **how))
+        assert same(want[2:], epoch_of(source, transform, epoch=epoch, skip=2, **how))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert len(want) == 6 and want[0][0].shape == (4, 3, 16, 16)
+    assert want[0][0].dtype == torch.uint8 and want[0][1].dtype == torch.int64
+    loader = data.ImageLoader(source, transform, 4, seed=3, train=True, workers=2, **how)
+    for _ in loader:  # leave an epoch early, then have another of the same workers
+        break
+    loader.set_epoch(4)
+    assert same(want, list(loader)) and len(loader) == 6
+    assert not same(want, epoch_of(source, transform, epoch=5, **how))
+    # one process that takes the batches of both ranks sees the same samples
+    parts = [epoch_of(source, transform, 5, epoch=4, rank=rank, world=2) for rank in range(2)]
+    for whole, left, right in zip(epoch_of(source, transform, 10, epoch=4), *parts):
+        assert torch.equal(whole[0][0::2], left[0]) and torch.equal(whole[0][1::2], right[0])
+    # evaluation: everything once, in order
+    fixed = data.eval_transform(16, 16)
+    shards = [epoch_of(source, fixed, 8, train=False, rank=rank, world=3) for rank in range(3)]
+    labels = np.empty(50, np.int64)
+    for rank, shard in enumerate(shards):
+        labels[rank::3] = torch.cat([y for _, y in shard])
+    assert (labels == source.labels).all() and 0 <= labels.min() and labels.max() <= 6
+
+
+def test_images_crop():
+    """Share of the area, ratio and place of a random crop; what happens when none fits."""
+    rng = data.random_state(0)
+    boxes = np.array([data.random_crop(400, 400, (0.1, 0.4), (3 / 4, 4 / 3), rng)
+                      for _ in range(4000)])
+    top, left, h, w = boxes.T
+    area, aspect = h * w / 400 ** 2, np.log(w / h)
+    close("crop: mean share of the area", area.mean(), 0.25, 1e-2)
+    close("crop: its variance, of a uniform one", area.var(), 0.3 ** 2 / 12, 5e-2)
+    close("crop: variance of log ratio", aspect.var(), (2 * math.log(4 / 3)) ** 2 / 12, 5e-2)
+    assert abs(aspect.mean()) < 0.01 and area.min() > 0.098 and area.max() < 0.402
+    close("crop: rows uniform", (top / (400 - h)).mean(), 0.5, 3e-2)
+    close("crop: columns uniform", (left / (400 - w)).var(), 1 / 12, 5e-2)
+    corners = {data.random_crop(3, 3, (0.4, 0.5), (1, 1), rng)[:2] for _ in range(200)}
+    assert corners == {(i, j) for i in range(2) for j in range(2)}
+    assert data.random_crop(33, 500, (1, 1), (3 / 4, 4 / 3), rng) == (0, 228, 33, 44)
+    assert data.random_crop(500, 33, (1, 1), (3 / 4, 4 / 3), rng) == (228, 0, 44, 33)
+    assert data.random_crop(1, 1, (0.08, 1), (3 / 4, 4 / 3), rng) == (0, 0, 1, 1)
+
+
+def triangle(image, size):
+    """An antialiased bilinear resize of (H, W, 3), from the definition, in float64."""
+    for axis, out in enumerate(size):
+        scale = image.shape[axis] / out
+        centre = (np.arange(out) + 0.5)[:, None] * scale
+        away = np.abs(np.arange(image.shape[axis]) + 0.5 - centre) / max(scale, 1)
+        weights = np.maximum(0, 1 - away)
+        weights /= weights.sum(1, keepdims=True)
+        image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
+    return image
+
+
+def test_images_resize():
+    """Arrays and, with Pillow, images: cut out, filtered, flipped, centred as defined."""
+    array = smooth_image(2, 90, 130)
+    kinds = [array]
+    with contextlib.suppress(ImportError):
+        from PIL import Image
+        kinds.append(Image.fromarray(array))
+    for image in kinds:
+        name = "array" if image is array else "Pillow"
+        for box, size in (((10, 20, 70, 90), (40, 40)), ((0, 0, 50, 30), (64, 64))):
+            got = data.to_tensor(data.resize(image, box, size, "bilinear")).permute(1, 2, 0)
+            top, left, h, w = box
+            want = triangle(array[top:top + h, left:left + w].astype(float), size)
+            close(f"resize of an {name}, of 255", got.double(), want, 1.2 / 255)
+        # long side floor(50·130/90) = 72; offsets round(5) and round(16)
+        got = data.eval_transform(50, 40)(image)
+        whole = data.to_tensor(data.resize(image, (0, 0, 90, 130), (50, 72), "bilinear"))
+        assert torch.equal(got, whole[:, 5:45, 16:56])
+        assert data.eval_transform(45, 40)(image).shape == (3, 40, 40)
+        for seed in range(6):
+            plain, flipped = (data.train_transform("torchvision", 24, hflip=p)(
+                image, data.random_state(seed)) for p in (0, 1))
+            assert torch.equal(plain.flip(2), flipped) and plain.is_contiguous()
+    # a difference of one or two levels is all that the two kinds may have
+    if len(kinds) == 2:
+        one, two = (data.train_transform("timm", 30, color_jitter=0)(
+            image, data.random_state(9)).double() for image in kinds)
+        close("crop of an array and of an image", one, two, 2 / 255)
+    data_error(lambda: data.eval_transform(200, 224), "224", "200")
+
+
+def test_images_finish():
+    """Normalise, erase and mix in each recipe's order; CutMix's λ is the share of pixels."""
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    images = torch.arange(8, dtype=torch.uint8)[:, None, None, None].expand(8, 3, 20, 30) * 30
+    labels = torch.arange(8)
+
+    def make(**how):
+        return data.Finish(mean, std, 10, **how)
+
+    plain = make()
+    x, target = plain(images, labels, (1, 2))
+    assert target is labels and torch.equal(x, data.normalize(images, mean, std))
+    assert torch.equal(x, plain.eval(images))
+    for recipe in ("torchvision", "timm"):
+        partner = (lambda t: t.flip(0)) if recipe == "timm" else (lambda t: t.roll(1, 0))
+        shares, kept = [], []
+        for seed in range(20):
+            cutmix = make(recipe=recipe, cutmix_alpha=1.0)
+            x, target = cutmix(images, labels, (seed,))
+            shares.append(target[torch.arange(8), labels])
+            kept.append((x == plain.eval(images)).all(1).flatten(1).double().mean(1))
+            assert torch.equal(x, cutmix(images, labels, (seed,))[0])
+        close(f"{recipe}: λ and share of pixels", torch.stack(shares), torch.stack(kept), 1e-6)
+        mixed, target = make(recipe=recipe, mixup_alpha=0.8)(images, labels, (3,))
+        share = target[0, 0]
+        want = images.double() * share + partner(images).double() * (1 - share)
+        if recipe == "timm":
+            want = want.round()
+        close(f"{recipe}: mixup", mixed.double(), data.normalize(want, mean, std, torch.float64),
+              1e-5)
+        # the order: torchvision's zeros are mixed with the neighbour, timm's noise is on top
+        both = make(recipe=recipe, mixup_alpha=0.8, erase_prob=0.6, erase_mode="const")
+        x, _ = both(images, labels, (3,))
+        erased = (x == 0).all(1).flatten(1).any(1)
+        assert erased.sum() >= 2 if recipe == "timm" else True
+        rng = data.random_state(3)
+        both.draw_mix(20, 30, rng)
+        if recipe == "timm":
+            want = both.erase(mixed.clone(), rng)
+        else:
+            alone = both.erase(plain.eval(images), rng)
+            want = alone * share + partner(alone) * (1 - share)
+        close(f"{recipe}: mixed and erased in its order", x, want, 1e-6)
+    assert make(mixup_alpha=1.0, mixup_prob=0.0)(images, labels, (0,))[1].max() == 1
+
+    class Recorder:
+        """Draws nothing special, and notes which α were asked for."""
+        alphas = []
+
+        def beta(self, a, b):
+            self.alphas.append((a, b))
+            return 0.5
+
+        def random(self):
+            return 0.7 if len(self.alphas) % 2 else 0.3
+
+        def integers(self, n):
+            return 0
+
+    both = make(mixup_alpha=0.2, cutmix_alpha=1.0)
+    boxes = [both.draw_mix(8, 8, Recorder())[1] is not None for _ in range(2)]
+    assert boxes == [True, False] and Recorder.alphas == [(1.0, 1.0), (0.2, 0.2)]
+    chosen = [both.draw_mix(8, 8, data.random_state(i))[1] is not None for i in range(2000)]
+    close("CutMix's share of the batches", np.mean(chosen), 0.5, 6e-2)
+
+
+def test_images_smoothing():
+    """Smoothing the targets before mixing them or in the loss afterwards is the same."""
+    logits, labels = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    for recipe in ("torchvision", "timm"):
+        smoothed, sharp = (data.Finish((0,) * 3, (1,) * 3, 10, recipe=recipe, mixup_alpha=0.8,
+                                       smoothing=s) for s in (0.1, 0.0))
+        soft, hard = (finish(images, labels, (5,))[1] for finish in (smoothed, sharp))
+        close("target sums to 1", soft.sum(1), torch.ones(6), 1e-6)
+        close(f"{recipe}: smoothing before and after mixing", smoothed.loss(logits, soft),
+              F.cross_entropy(logits, hard, label_smoothing=0.1), 1e-6)
+        close("  and on labels", smoothed.loss(logits, labels),
+              F.cross_entropy(logits, labels, label_smoothing=0.1), 0)
+
+
+def test_images_erasing():
+    """Rate, area, ratio and content of the erased rectangles, one for an image."""
+    x = torch.full((3000, 3, 40, 50), 9.0)
+    for recipe, mode, limit in (("torchvision", "const", 0.33), ("timm", "pixel", 1 / 3),
+                                ("timm", "rand", 1 / 3)):
+        finish = data.Finish((0,) * 3, (1,) * 3, 2, recipe=recipe, erase_prob=0.25,
+                             erase_mode=mode)
+        got = finish.erase(x.clone(), data.random_state(1))
+        gone = (got != 9).any(1)
+        close(f"{mode}: rate", gone.flatten(1).any(1).double().mean(), 0.25, 6e-2)
+        boxes = gone[gone.flatten(1).any(1)]
+        h, w = boxes.any(2).sum(1).double(), boxes.any(1).sum(1).double()
+        assert torch.equal(boxes.flatten(1).sum(1), (h * w).long())  # a full rectangle each
+        share, large = h * w / 2000, h * w > 200  # rounding changes small ones much
+        assert share.min() > 0.015 and share.max() < limit + 0.02 and h.max() < 40 and w.max() < 50
+        close(f"{mode}: mean share of the area", share.mean(), 0.17, 6e-2)
+        assert 0.27 < (w / h)[large].min() < 0.4 and 2.6 < (w / h)[large].max() < 3.7
+        filled = got[gone[:, None].expand_as(got)]
+        if mode == "const":
+            assert (filled == 0).all()
+        else:
+            close(f"{mode}: mean and deviation of the filling, of 1",
+                  torch.stack((1 + filled.mean(), filled.std())), [1, 1],
+                  1e-2 if mode == "pixel" else 1e-1)
+            values = [got[i, 0][gone[i]].unique().numel() for i in gone.flatten(1).any(1)
+                      .nonzero().flatten()[:20]]
+            assert max(values) == 1 if mode == "rand" else min(values) > 10
+        assert torch.equal(got, finish.erase(x.clone(), data.random_state(1)))
+
+
+def affine(image, matrix, fill):
+    """Pillow's bilinear affine transform, from its definition: (H, W, 3) uint8."""
+    a, b, c, d, e, f = matrix
+    height, width, _ = image.shape
+    y, x = np.mgrid[:height, :width] + 0.5
+    u, v = a * x + b * y + c, d * x + e * y + f                    # in the source, (H, W)
+    outside = (u < 0) | (u >= width) | (v < 0) | (v >= height)
+    i, j = np.floor(v - 0.5).astype(int), np.floor(u - 0.5).astype(int)
+    p, q = (v - 0.5 - i)[..., None], (u - 0.5 - j)[..., None]
+    def at(rows, columns):
+        return image[rows.clip(0, height - 1), columns.clip(0, width - 1)].astype(float)
+    upper = at(i, j) + q * (at(i, j + 1) - at(i, j))
+    lower = at(i + 1, j) + q * (at(i + 1, j + 1) - at(i + 1, j))
+    out = np.floor(upper + p * (lower - upper) + 1e-9)
+    return np.where(outside[..., None], fill, out).astype(np.uint8)
+
+
+def by_formula(name, value, x, fill):
+    """One operation of the policies on an (H, W, 3) uint8 array, without Pillow."""
+    height, width, _ = x.shape
+    f = x.astype(np.float32)
+    grey = (x.astype(int) @ [19595, 38470, 7471] + 32768) >> 16
+
+    def blend(base):
+        return np.clip(base + np.float32(value) * (f - base), 0, 255).astype(np.uint8)
+
+    def sharpness():
+        base = f.copy()
+        total = sum(f[i:height - 2 + i, j:width - 2 + j] for i in range(3) for j in range(3))
+        base[1:-1, 1:-1] = np.floor((total + 4 * f[1:-1, 1:-1]) / 13 + 0.5)
+        return blend(base)
+
+    def autocontrast():
+        low, high = f.min((0, 1)).astype(float), f.max((0, 1)).astype(float)
+        scale = 255 / np.maximum(high - low, 1)
+        return np.where(high > low, np.clip(np.trunc(x * scale - low * scale), 0, 255), x)
+
+    def equalize():
+        out = x.copy()
+        for k in range(3):
+            counts = np.bincount(x[..., k].ravel(), minlength=256)
+            used = counts[counts > 0]
+            step = (used.sum() - used[-1]) // 255
+            if len(used) > 1 and step:
+                table = (step // 2 + counts.cumsum() - counts) // step
+                out[..., k] = np.minimum(table, 255)[x[..., k]]
+        return out
+
+    def rotate():
+        t = -math.radians(value)
+        cos, sin, cx, cy = math.cos(t), math.sin(t), width / 2, height / 2
+        return affine(x, (cos, sin, cx - cos * cx - sin * cy, -sin, cos, cy + sin * cx - cos * cy),
+                      fill)
+
+    return {"identity": lambda: x, "brightness": lambda: blend(0), "invert": lambda: 255 - x,
+            "color": lambda: blend(grey[..., None].astype(np.float32)),
+            "contrast": lambda: blend(np.float32(int(grey.mean() + 0.5))),
+            "sharpness": sharpness, "autocontrast": autocontrast, "equalize": equalize,
+            "posterize": lambda: x & (256 - 2 ** (8 - value)),
+            "solarize": lambda: np.where(x < value, x, 255 - x),
+            "solarize_add": lambda: np.where(x < 128, np.minimum(x + value, 255), x),
+            "rotate": rotate,
+            "shear_x": lambda: affine(x, (1, value, 0, 0, 1, 0), fill),
+            "shear_y": lambda: affine(x, (1, 0, 0, value, 1, 0), fill),
+            "translate_x": lambda: affine(x, (1, 0, value, 0, 1, 0), fill),
+            "translate_y": lambda: affine(x, (1, 0, 0, 0, 1, value), fill)}[name]()
+
+
+def test_images_operations():
+    """Pillow's operations, all that the policies use, against formulas in numpy."""
+    Image = needs_pillow()
+    factors, slopes, pixels = (0.1, 0.19, 1, 1.81, 1.99), (-0.99, -0.27, 0.297), (-32, 0, 12.71, 90)
+    values = {"identity": [None], "autocontrast": [None], "equalize": [None], "invert": [None],
+              "brightness": factors, "color": factors, "contrast": factors, "sharpness": factors,
+              "posterize": range(9), "solarize": (0, 26, 127.5, 255, 256),
+              "solarize_add": (0, 99, 128), "rotate": (-135, -27, 4.5, 30), "shear_x": slopes,
+              "shear_y": slopes, "translate_x": pixels, "translate_y": pixels}
+    assert set(values) == set(data.TRIVIAL_AUGMENT) | set(data.RAND_AUGMENT)
+    flat = np.full((8, 9, 3), (7, 7, 200), np.uint8)
+    two = flat.copy()
+    two[:4] = 250
+    for name, some in values.items():
+        for array in (smooth_image(3, 50, 40), smooth_image(4, 40, 64) // 3 + 20, flat, two):
+            for value in some:
+                got = np.asarray(data.operate(Image.fromarray(array), name, value, "bilinear",
+                                              data.MEAN_COLOUR))
+                want = by_formula(name, value, array, data.MEAN_COLOUR)
+                # Pillow adds up coordinates along a row: a few fall on the other side of a pixel's
+                # edge, or of an integer's when levels are cut off
+                inexact = name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+                wrong = np.abs(got.astype(int) - want)
+                assert (wrong > 0).mean() <= (0.02 if inexact else 0), (name, value)
+                assert (wrong > 1).mean() <= 0.002, (name, value)
+    # without filling in, the colour jitter is made of the same operations
+    array, tensor = smooth_image(5, 30, 30), torch.from_numpy(smooth_image(5, 30, 30))
+    for seed in range(8):
+        rng, image = data.random_state(seed), Image.fromarray(array)
+        got = data.jitter(tensor.permute(2, 0, 1), 0.4, data.random_state(seed))
+        for k in rng.permutation(3):
+            image = data.operate(image, ("brightness", "contrast", "color")[k],
+                                 rng.uniform(0.6, 1.4))
+        difference = np.abs(np.asarray(image).astype(int) - got.permute(1, 2, 0).numpy())
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3, seed
+
+
+def drawn(policy, count, size=(200, 100)):
+    """[[(name, value, filter), ...] for each image]: what a policy asks of `operate`."""
+    log = []
+
+    def record(image, name, value=None, interpolation="bilinear", fill=(0, 0, 0)):
+        log[-1].append((name, value, interpolation, fill))
+        return image
+
+    with mock.patch.object(data, "operate", record):
+        for i in range(count):
+            log.append([])
+            policy(mock.Mock(size=size), data.random_state(11, i))
+    return log
+
+
+def test_images_policies():
+    """What TrivialAugment and RandAugment draw: operations, strengths, signs, filters."""
+    log = drawn(data.trivial_augment, 4000)
+    assert all(len(entry) == 1 and entry[0][2:] == ("bilinear", (0, 0, 0)) for entry in log)
+    seen = {name: {entry[0][1] for entry in log if entry[0][0] == name}
+            for name in data.TRIVIAL_AUGMENT}
+    rates = [np.mean([entry[0][0] == name for entry in log]) for name in seen]
+    close("TrivialAugment: 14 operations alike", rates, [1 / 14] * 14, 0.25)
+    assert seen["identity"] == seen["autocontrast"] == seen["equalize"] == {None}
+    assert seen["posterize"] == {8, 7, 6, 5, 4, 3, 2}
+    bits = [data.trivial_value("posterize", i, 1) for i in (0, 2, 3, 7, 8, 12, 13, 22, 23, 27, 28)]
+    assert bits == [8, 8, 7, 7, 6, 6, 5, 4, 3, 3, 2]
+    for name, low, high in (("shear_x", -0.99, 0.99), ("shear_y", -0.99, 0.99),
+                            ("translate_x", -32, 32), ("translate_y", -32, 32),
+                            ("rotate", -135, 135), ("brightness", 0.01, 1.99),
+                            ("color", 0.01, 1.99), ("contrast", 0.01, 1.99),
+                            ("sharpness", 0.01, 1.99), ("solarize", 0, 255)):
+        close(f"TrivialAugment: range of {name}", [min(seen[name]), max(seen[name])], [low, high],
+              0.07)  # not each of 61 strengths must have come
+    assert all(isinstance(pixels, int) for pixels in seen["translate_x"])
+
+    policy = data.RandAugment("rand-m9-mstd0.5-inc1")
+    log = drawn(policy, 4000)
+    counts = np.bincount([len(entry) for entry in log], minlength=3) / 4000
+    close("RandAugment: images with 0, 1, 2 operations", counts, [0.25, 0.5, 0.25], 0.06)
+    calls = [call for entry in log for call in entry]
+    rates = [np.mean([call[0] == name for call in calls]) for name in data.RAND_AUGMENT]
+    close("RandAugment: 15 operations alike", rates, [1 / 15] * 15, 0.25)
+    close("RandAugment: half bicubic", np.mean([c[2] == "bicubic" for c in calls]), 0.5, 0.06)
+    assert {call[3] for call in calls} == {(124, 116, 104)}
+    degrees = np.array([call[1] for call in calls if call[0] == "rotate"])
+    close("RandAugment: mean of |degrees|", abs(degrees).mean(), 27, 0.02)
+    close("RandAugment: signs", (degrees > 0).mean(), 0.5, 0.2)
+    assert abs(degrees).max() == 30  # a magnitude above 10 is 10
+    assert drawn(data.RandAugment("rand-m9", "bilinear"), 40) != drawn(policy, 40)
+    at9 = {name: policy.value(name, 0.9, 1, (200, 100)) for name in data.RAND_AUGMENT}
+    want = {"rotate": 27, "posterize": 1, "solarize": 26, "solarize_add": 99, "color": 1.81,
+            "contrast": 1.81, "brightness": 1.81, "sharpness": 1.81, "shear_x": 0.27,
+            "shear_y": 0.27, "translate_x": 81, "translate_y": 40.5}
+    close("RandAugment: magnitude 9", [at9[name] for name in want], list(want.values()), 1e-12)
+    close("  and the other sign", policy.value("color", 0.9, -1, (1, 1)), 0.19, 1e-12)
+    assert policy.value("posterize", 1.0, 1, (1, 1)) == 0
+    assert policy.value("brightness", 1.0, -1, (1, 1)) == 0.1
+
+
+def test_images_policy_grammar():
+    """The words of a policy, in any order, and what is wrong with the others."""
+    policy = data.RandAugment("rand-n3-p1.0-m7-mmax8-mstd101")
+    assert (policy.layers, policy.prob, policy.magnitude, policy.increasing) == (3, 1.0, 7, False)
+    log = drawn(policy, 600)
+    assert all(len(entry) == 3 for entry in log)
+    degrees = [abs(call[1]) for entry in log for call in entry if call[0] == "rotate"]
+    close("mstd above 100: uniform from 0 to m", np.mean(degrees), 10.5, 0.15)
+    assert max(degrees) <= 21 and data.RandAugment("rand-inc0").increasing
+    assert data.RandAugment("rand").magnitude == 10
+    plain = [policy.value(name, 0.9, -1, (1, 1)) for name in ("posterize", "solarize", "color")]
+    close("not increasing: bits, threshold, factor", plain, [3, 230, 1.72], 1e-12)
+    for text, word in (("rand-m9-x1", "x1"), ("rand-m", "'m'"), ("rand-m9.5", "m9.5"),
+                       ("rand-w0", "w0"), ("rand--m9", "''"), ("rand-p1.2.3", "p1.2.3"),
+                       ("rand-n0", "at least 1"), ("rand-p2", "at most 1")):
+        data_error(lambda: data.RandAugment(text), text, word)
+    needs_pillow()
+    print("    " + data_error(lambda: data.train_transform("timm", 8, policy="rand-m9-x1"), "x1"))
+    print("    " + data_error(lambda: data.train_transform("timm", 8, policy="augmix"), "augmix",
+                              "ta_wide"))
+    Image = needs_pillow()
+    image = Image.fromarray(smooth_image(1, 30, 30))
+    black = data.operate(image, "posterize", 0)
+    assert np.asarray(black).max() == 0
+    for policy in ("rand-m10-p1-n3-inc1", "rand-m3-p1", "ta_wide"):
+        transform = pickle.loads(pickle.dumps(data.train_transform("timm", 20, policy=policy)))
+        for i in range(20):
+            assert transform(image, data.random_state(i)).shape == (3, 20, 20)
+            assert torch.equal(transform(image, data.random_state(i)),
+                               transform(image, data.random_state(i)))
+        assert transform(smooth_image(1, 30, 30), data.random_state(1)).dtype == torch.uint8
+
+
+def test_images_folders():
+    """Classes and files found, in which order; every kind of file comes out as RGB."""
+    Image = needs_pillow()
+    with folder() as path, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.pillow.cache_clear()
+        class_folders(path, (2, 1))
+        cat = path / "train" / "cat"
+        array = smooth_image(0, 30, 40)
+        rgb = Image.fromarray(array)
+        (cat / "sub").mkdir()
+        (cat / "sub" / "up").symlink_to(cat)  # does not end in a loop
+        rgb.convert("CMYK").save(cat / "a.JPEG")
+        rgb.convert("L").save(cat / "b.Jpg")
+        rgb.save(cat / "c.JPEG", "PNG")  # a PNG by content
+        rgb.convert("RGBA").save(cat / "d.png")
+        rgb.convert("P").save(cat / "sub" / "e.png")
+        broken = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x1a\x01\x05\0\x01\0\0\0"
+        rgb.save(cat / "f.jpg", exif=broken)
+        (cat / "g.jpg").symlink_to(cat / "d.png")
+        for hidden in ("train/.cache/x.jpg", "train/cat/.h.jpg", "train/cat/notes.txt"):
+            (path / hidden).parent.mkdir(exist_ok=True)
+            (path / hidden).write_text("not an image")
+        train = data.open_images(path, "train")
+        assert train.classes == ["cat", "dog"] and train.kind == "folder"
+        assert [os.fsdecode(name) for name in train.names] == [
+            "a.JPEG", "b.Jpg", "c.JPEG", "cat_0.jpg", "cat_1.jpg", "d.png", "f.jpg", "g.jpg",
+            os.path.join("sub", "e.png"), "dog_0.jpg"]
+        assert train.labels.tolist() == [0] * 9 + [1] and train.labels.dtype == np.int64
+        images = [train.read(i) for i in range(10)]
+        assert {image.mode for image in images} == {"RGB"}
+        for exact in (2, 5, 7):
+            assert (np.asarray(images[exact]) == array).all()
+        assert (np.asarray(images[1])[..., 0] == np.asarray(images[1])[..., 2]).all()
+        assert not caught, caught[0].message
+        close("CMYK", np.asarray(images[0]).astype(float), array.astype(float), 0.4)
+        (path / "val").rename(path / "validation")
+        val = data.open_images(path, "val", train.classes)
+        assert len(val) == 4 and "validation" in val.where
+        want = epoch_of(train, data.train_transform("torchvision", 12, policy="ta_wide"))
+        got = epoch_of(train, data.train_transform("torchvision", 12, policy="ta_wide"), workers=2)
+        assert same(want, got)
+
+
+def test_images_bad_folders():
+    """One sentence for each thing that can be wrong with a folder or a file."""
+    Image = needs_pillow()
+
+    def fails(call, *words):
+        message = data_error(call, *words)
+        assert "\n" not in message and "Traceback" not in message, message
+        print(f"    {message}")
+
+    with folder() as path:
+        fails(lambda: data.open_images(path / "nowhere", "train"), "nowhere", "not a folder")
+        fails(lambda: data.open_images(path, "train"), "no folder 'train'", path)
+        class_folders(path)
+        train = data.open_images(path, "train")
+        fails(lambda: data.open_images(path / "train", "train"), "no folder 'train'")
+        fails(lambda: data.open_images(path, "test"), "no folder 'test'")
+        (path / "val").rename(path / "away")
+        fails(lambda: data.open_images(path, "val", train.classes), "no folder 'val'")
+        (path / "away").rename(path / "val")
+        (path / "val" / "dog").rename(path / "val" / "bird")
+        fails(lambda: data.open_images(path, "val", train.classes), "'bird'", "'dog'")
+        (path / "train" / "eel").mkdir()
+        fails(lambda: data.open_images(path, "train"), "'eel'", "train")
+        (path / "flat" / "train").mkdir(parents=True)
+        fails(lambda: data.open_images(path / "flat", "train"), "no class folders")
+        good = (path / "train" / "cat" / "cat_0.jpg").read_bytes()
+        (path / "train" / "eel").rmdir()
+        for i, (content, words) in enumerate(((b"hello", "not an image"), (b"", "not an image"),
+                                              (good[:len(good) // 2], "truncated"),
+                                              (None, "No such file"))):
+            bad = path / "train" / "dog" / f"bad{i}.jpg"
+            bad.symlink_to(path / "gone") if content is None else bad.write_bytes(content)
+            source = data.open_images(path, "train")
+            transform = data.train_transform("torchvision", 8)
+            fails(lambda: epoch_of(source, transform), bad, words)
+            if content == b"hello":
+                fails(lambda: epoch_of(source, transform, workers=2), bad, words)
+            bad.unlink()
+        huge = path / "train" / "dog" / "huge.png"
+        Image.new("L", (64, 64)).save(huge)
+        with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 100):
+            fails(lambda: data.read_image(huge), huge, "exceeds limit")
+
+
+def test_images_without_pillow():
+    """Random and packed images need none; what does says how to get it."""
+    with folder() as path:
+        packed = []
+        try:
+            class_folders(path / "files")
+            data.pack(path / "files", path / "packed", 16)
+            packed = [data.open_images(path / "packed", "train")]
+        except AssertionError:
+            raise
+        except Exception as reason:  # without Pillow there is nothing to pack from
+            assert "Pillow" in str(reason)
+        (path / "files" / "train" / "cat").mkdir(parents=True, exist_ok=True)
+        with without_pillow():
+            for source in (data.dummy_images(9, 16, 2), *packed):
+                for recipe in ("torchvision", "timm"):
+                    transform = data.train_transform(recipe, 12)
+                    assert len(epoch_of(source, transform, recipe=recipe)) >= 2
+                assert len(epoch_of(source, data.eval_transform(16, 12), train=False)) == 3
+            for call in (lambda: data.open_images(path / "files", "train"),
+                         lambda: data.train_transform("timm", 8, policy="ta_wide"),
+                         lambda: data.train_transform("timm", 8, policy="rand-m9")):
+                print("    " + data_error(call, "pip install pillow"))
+
+
+def test_images_pack():
+    """A packed split is its images, each shrunk and centred; other packings are kept from harm."""
+    needs_pillow()
+    script = Path(data.__file__)
+
+    def run(*words):
+        return subprocess.run([sys.executable, script, "pack", *map(str, words)], text=True,
+                              capture_output=True)
+
+    with folder() as path:
+        files, packed = class_folders(path / "files"), path / "packed"
+        first = run(files, packed, "--size", 24, "--workers", 2)
+        assert first.returncode == 0 and "9 images of 24x24, 2 classes" in first.stdout, first
+        shrink = data.eval_transform(24, 24, "bicubic")
+        for split in ("train", "val"):
+            one, two = data.open_images(files, split), data.open_images(packed, split)
+            assert two.kind == "packed" and one.classes == two.classes
+            assert (one.labels == two.labels).all()
+            for i in range(len(one)):
+                assert torch.equal(shrink(one.read(i)), shrink(two.read(i)))
+                assert (shrink(one.read(i)).permute(1, 2, 0).numpy() == two.read(i)).all()
+        transform = data.train_transform("torchvision", 16)
+        train = data.open_images(packed, "train")
+        assert same(epoch_of(train, transform), epoch_of(train, transform, workers=2))
+        assert len(pickle.dumps(train)) < 2000  # no worker is sent the images
+        assert data.open_images(packed, "validation", train.classes).classes == train.classes
+        data_error(lambda: data.open_images(packed, "val", ["cat", "cow"]), "'cow'", "'dog'")
+
+        def refused(call, *words):
+            print("    " + data_error(call, *words))
+
+        # again: nothing to do; another size or other images: refused; interrupted: begun anew
+        stamp = (packed / "train.images.npy").stat().st_mtime_ns
+        data.pack(files, packed, 24)
+        assert (packed / "train.images.npy").stat().st_mtime_ns == stamp
+        refused(lambda: data.pack(files, packed, 16), "another packing", "24 pixels")
+        refused(lambda: data.pack(packed, path / "twice", 16), "packed already")
+        refused(lambda: data.pack(files, path / "big", 10 ** 7), "GB")
+        refused(lambda: data.pack(files, script, 24), "cannot write", script)
+        whole = (packed / "train.images.npy").read_bytes()
+        (packed / "train.packed.json").unlink()
+        (packed / "train.images.npy").rename(packed / "train.images.npy.part")
+        refused(lambda: data.open_images(packed, "train"), "interrupted")
+        data.pack(files, packed, 24)
+        assert (packed / "train.images.npy").read_bytes() == whole
+        (packed / "train.images.npy").write_bytes(whole[:-1])
+        refused(lambda: data.open_images(packed, "train"), "truncated", packed)
+        (packed / "train.images.npy").unlink()
+        refused(lambda: data.open_images(packed, "train"), "missing", "train.images.npy")
+        (files / "train" / "dog" / "bad.png").write_text("text")
+        bad = run(files, path / "other", "--size", 24)
+        assert bad.returncode == 2 and "bad.png" in bad.stderr and bad.stderr.count("\n") == 1, bad
+        assert not (path / "other" / "train.packed.json").exists()
+
+
+def test_images_signals():
+    """A signal to every process is the main one's affair; no worker survives it."""
+    code = ("import data, os, signal, sys, time\n"
+            "source = data.dummy_images(4000, 32, 5)\n"
+            "loader = data.ImageLoader(source, data.train_transform('torchvision', 16), 8, seed=0,"
+            " train=True, workers=2)\n"
+            "stop = []\n"
+            "signal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "try:\n"
+            "    for i, _ in enumerate(loader):\n"
+            "        if i == 3: print('go', flush=True)\n"
+            "        if stop and len(stop) < 20: stop.append(1)\n"
+            "        if len(stop) == 20: print('stopped', flush=True); stop.append(1)\n"
+            "        time.sleep(0.02)\n"
+            "except KeyboardInterrupt:\n"
+            "    print('interrupted', flush=True)\n")
+    if not hasattr(signal, "sigwaitinfo"):
+        skip("this system does not tell who sent a signal")
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, cwd=Path(data.__file__).parent,
+                           start_new_session=True)
+    assert run.stdout.readline() == "go\n", run.communicate()
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.stdout.readline() == "stopped\n", run.communicate()  # workers went on
+    os.killpg(run.pid, signal.SIGINT)
+    out, errors = run.communicate(timeout=30)
+    assert out == "interrupted\n" and not errors and run.returncode == 0, (out, errors)
+    try:
+        os.killpg(run.pid, 0)
+        raise AssertionError("a worker is still there")
+    except ProcessLookupError:
+        pass
 
 
 if __name__ == "__main__":
