@@ -40,7 +40,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 import warnings
 import zipfile
@@ -141,7 +140,10 @@ def parse(argv):
                            "takes true or false, and means true alone.")
 
     def flag(group, name, *alias, help, default=None, switch=False, **kwargs):
-        shown = published(name) or ("" if default in (None, False) else f"default {default}")
+        shown = published(name)
+        if not shown and default not in (None, False):
+            values = default if isinstance(default, list) else [default]
+            shown = "default " + " ".join(f"{v:.3g}" if v != str(v) else v for v in values)
         if switch:
             kwargs.update(type=truth, nargs="?", const=True, metavar="BOOL")
         group.add_argument(f"--{name}", *alias, dest=name, default=default,
@@ -272,7 +274,7 @@ def add_schedule_flags(flag, group):
 
 def add_image_flags(flag, group):
     flag(group, "auto_augment", "--aa", metavar="POLICY",
-         help="ta_wide, or RandAugment as in rand-m9-mstd0.5-inc1")
+         help="ta_wide, or RandAugment as in rand-m9-mstd0.5-inc1; needs Pillow")
     flag(group, "random_erase", "--reprob", default=0.0, type=PROBABILITY, metavar="X",
          help="share of images that lose a box")
     flag(group, "remode", choices=("const", "rand", "pixel"),
@@ -297,7 +299,8 @@ def add_image_flags(flag, group):
          help="for training images")
     flag(group, "color_jitter", type=NOT_NEGATIVE, metavar="X",
          help="strength of colour jitter; off where --auto_augment is given")
-    flag(group, "hflip", default=0.5, type=PROBABILITY, metavar="X", help="share of mirrored images")
+    flag(group, "hflip", default=0.5, type=PROBABILITY, metavar="X",
+         help="share of mirrored images")
     flag(group, "scale", default=[0.08, 1.0], nargs=2, type=PROBABILITY, metavar="X",
          help="least and largest share of an image's area in its crop")
     flag(group, "ratio", default=[3 / 4, 4 / 3], nargs=2, type=POSITIVE, metavar="X",
@@ -323,8 +326,9 @@ def add_machine_flags(flag, group):
          help="steps between two looks at the loss")
     flag(group, "output_dir", "--output", metavar="DIR",
          help="folder of the run; without: runs/imagenet-MODEL-OPTIM/SEED. Its log.csv gives "
-         "accuracies in per cent, the seconds of the training pass, peak_memory in MiB of the first "
-         "GPU, or without one of the process, and data_wait, the share of the time without images")
+         "accuracies in per cent, the seconds of the training pass, data_wait, the share of it "
+         "spent waiting for images, and peak_memory in MiB of the first GPU, or without one of the "
+         "first process")
     flag(group, "resume", default=False, action="store_true",
          help="continue the run of the same command, or start it if it has not begun")
     flag(group, "test_only", default=False, switch=True,
@@ -345,8 +349,9 @@ def resolve(args, ranks):
         given = getattr(args, name, None)
         config[name] = default if given is None else given
     for name in ("clip_grad", "accum", "lr_min", "lr_step_size", "lr_gamma", "mixup", "cutmix",
-                 "mixup_prob", "mixup_switch_prob", "drop", "model_ema", "auto_augment", "random_erase", "train_crop_size", "hflip",
-                 "scale", "ratio", "amp", "channels_last", "compile", "sync_bn", "pretrained"):
+                 "mixup_prob", "mixup_switch_prob", "drop", "model_ema", "auto_augment",
+                 "random_erase", "hflip", "scale", "ratio", "amp", "channels_last", "compile",
+                 "sync_bn", "pretrained"):
         config[name] = getattr(args, name)
     config["warmup_decay"] = None if args.warmup_lr is not None else config["warmup_decay"]
     config["warmup_lr"] = None if args.warmup_decay is not None else config["warmup_lr"]
@@ -366,7 +371,8 @@ def resolve(args, ranks):
 
 
 def amp_dtype(args, device):
-    supported = device.type == "cpu" or device.type == "cuda" and torch.cuda.is_bf16_supported()
+    supported = device.type == "cpu" or device.type == "cuda" and \
+        torch.cuda.is_bf16_supported(including_emulation=False)
     return args.amp_dtype or ("bfloat16" if supported else "float16")
 
 
@@ -389,6 +395,8 @@ def check(args, config):
                          "DeiT and Swin need an even number")
     if args.amp_dtype and not args.amp:
         raise UsageError("--amp_dtype is to be given together with --amp")
+    if config["world"] == 1 and (args.ra_sampler or (args.aug_repeats or 0) > 1):
+        tell("note: one process alone takes each image once, without repeated augmentation")
     taken = RECIPES[config["recipe"]][args.optim]
     unused = {name for recipe in RECIPES["timm"].values() for name in recipe
               if getattr(args, name) is not None} - set(taken)
@@ -483,7 +491,7 @@ class Stop:
     def __call__(self, number, frame):
         self.number = number
         if not self.noting:
-            raise KeyboardInterrupt(number)
+            raise KeyboardInterrupt(number, "")
 
     def __enter__(self):
         self.noting = True
@@ -491,7 +499,7 @@ class Stop:
     def __exit__(self, kind, *_):
         self.noting = False
         if self.number and kind is None:
-            raise KeyboardInterrupt(self.number)
+            raise KeyboardInterrupt(self.number, "")
 
     def agreed(self, last=False):
         """A signal's number, or 0; for all ranks the same. last: also those that come just now."""
@@ -616,8 +624,8 @@ def make_model(config, device):
     torch.manual_seed(config["seed"])
     try:
         model = IMAGENET_MODELS[config["model"]](
-            num_classes=config["classes"], image_size=config["train_crop_size"], drop=config["drop"],
-            drop_path=config["drop_path"])
+            num_classes=config["classes"], image_size=config["train_crop_size"],
+            drop=config["drop"], drop_path=config["drop_path"])
         if config["pretrained"]:
             load_pretrained(model, config["pretrained"])
     except ValueError as error:
@@ -772,7 +780,7 @@ def train_epoch(run, epoch, progress):
     told = told or run.stop.agreed(last=True)
     progress.means(run)
     progress.seconds = before + time.perf_counter() - start
-    if progress.step == steps:
+    if progress.step >= steps:
         average_buffers(run.model, run.ranks.world)
     return told
 
@@ -1070,7 +1078,7 @@ def launch(args, argv, stop):
 
 
 def smoke(stop):
-    """Every optimizer for some steps in both recipes, amp, accumulation, EMA, then a resumed run."""
+    """Every optimizer for some steps, amp, accumulation, EMA, and a run resumed in mid-epoch."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
         def go(folder, flags, size=64):
@@ -1119,8 +1127,7 @@ def main(argv):
                 launch(args, argv, stop)
         return 0
     except KeyboardInterrupt as interrupt:
-        number, where = (*interrupt.args, signal.SIGINT, "")[:2] if len(interrupt.args) != 1 \
-            else (interrupt.args[0], "")
+        number, where = interrupt.args
         tell(f"\nstopped{where}; the same command with --resume continues from the last checkpoint")
         return 128 + number
     except (UsageError, Diverged) as error:            # of all ranks: the first one says it
