@@ -438,7 +438,7 @@ def test_packed_arrays():
             datasets.write_packed(tmp, split, datasets.dummy_images(count, 16, 3), about, 0)
         flags = SMALL.replace("--dummy 36", f"--data-path {tmp}")
         out, _ = main(f"{flags} -b 5 --output-dir {tmp}/run")
-        assert all(text in out for text in ("26 training images", "7 test images", "3 classes"))
+        assert "26 training images of 3 classes" in out and "7 test images of 3 classes" in out
         result = record(out)
         assert result["test_top5"] == 100 and abs(result["test_acc"] * 7 / 100 % 1) < 1e-3, result
         (tmp / "val.packed.json").unlink()
@@ -484,6 +484,7 @@ def jobs():
         for world in (2, 3):
             todo[f"{optim}-{world}"] = (world, f"{SMALL} -b {12 // world} --opt {optim} {lr}", None)
     todo["accum-2"] = (2, f"{SMALL} -b 2 --accum 3 --opt mac", None)
+    todo["fp16-2"] = (2, f"{SMALL} -b 6 --opt kfac --amp --amp-dtype float16 --clip-grad 1", None)
     # ten test images: not all ranks have as many
     ema = f"{SMALL} {EVAL} --model-ema --model-ema-steps 1 --dummy 42"
     todo["eval-2"] = (2, f"{ema} -b 6", None)
@@ -604,14 +605,10 @@ def test_one_collective():
     """One flat all-reduce in a statistics step (every second here), none in others but for sums."""
     seen, *_ = ranks()
     for optim in OPTIMIZERS:
-        counts = seen[0][f"{optim}-3"]["collectives"]
-        # the list starts before the first step; the last step of an epoch is followed by the sums
-        # of training (twice) and testing
-        first = counts[1:3]
-        statistics = 0 if optim in ("sgd", "adamw") else 1
-        want = [statistics, 0]
-        assert first == want or optim == "kfac" and first[0] >= 1, (optim, counts)
-        print(f"    {optim}: {first}")
+        # two steps; what comes before them is counted before, and the sums of the epoch after
+        counts = seen[0][f"{optim}-3"]["collectives"][1:3]
+        assert counts == [0 if optim in ("sgd", "adamw") else 1, 0], (optim, counts)
+        print(f"    {optim}: {counts}")
 
 
 def test_ranks_equal_one():

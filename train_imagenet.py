@@ -19,12 +19,12 @@ They differ in the defaults that --help gives as "a | b", and in what these word
     mixing and erasing  partner the neighbour, erase before | partner mirrored, erase afterwards
 
 --lr is taken as it is, whatever the batch and the number of processes. It changes once per epoch.
-Every run writes config.json, log.csv and checkpoint.pt to its folder. SIGTERM and Ctrl-C save a
-checkpoint in mid-epoch on all ranks, and the same command with --resume continues from there to
-the same bits on the CPU, also on another number of ranks with the same global batch (then, as
-mixing and dropout draw anew on each rank, to the same mathematics where they are off). The last
-line of the output is a JSON record. Exit status: 0, or 1 when training diverged or a rank was lost,
-2 for a wrong command or bad data, 130 and 143 when interrupted and terminated.
+Every run writes config.json, log.csv and checkpoint.pt to its folder. After SIGTERM or Ctrl-C all
+ranks finish their step and save, and the same command with --resume continues there, on the CPU to
+the same bits. On another number of ranks (with --batch-size and --accum for the same global batch)
+it continues to rounding, but for mixing, erasing, dropout and BatchNorm, which are each rank's own.
+The last line of the output is a JSON record. Exit status: 0, or 1 when training diverged or a rank
+was lost, 2 for a wrong command or bad data, 130 and 143 when interrupted and terminated.
 """
 import argparse
 import contextlib
@@ -699,8 +699,8 @@ def train_step(run, batches, epoch, step):
         x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
         batch = step * config["accum"] + i
         x, target = run.finish(x, labels, (config["seed"], epoch, ranks.rank, batch))
-        wait = run.ddp is not None and i + 1 < len(batches)    # gradients are averaged at the last
-        with run.ddp.no_sync() if wait else contextlib.nullcontext():
+        alone = run.ddp is not None and i + 1 < len(batches)     # the last one's are averaged
+        with run.ddp.no_sync() if alone else contextlib.nullcontext():
             logits = logits_of(run, run.step_model, x)
             loss = run.finish.loss(logits, target)
             if config.get("fisher") == "sampled":
@@ -939,12 +939,11 @@ def load_checkpoint(path, run):
 def open_sources(args, config):
     """(training images, test images); the former None under --test_only."""
     if args.dummy:
-        sizes = args.dummy, max(1, args.dummy // 4)
-        return [datasets.dummy_images(size, config["val_resize_size"], 1000, seed=i)
-                for i, size in enumerate(sizes)]
+        return [datasets.dummy_images(count, config["val_resize_size"], 1000, seed)
+                for seed, count in enumerate((args.dummy, max(1, args.dummy // 4)))]
     training = None if args.test_only else datasets.open_images(args.data_dir, "train")
-    test = datasets.open_images(args.data_dir, "val", training and training.classes)
-    return training, test
+    classes = None if training is None else training.classes
+    return training, datasets.open_images(args.data_dir, "val", classes)
 
 
 def open_loaders(args, config, ranks, training, test):
@@ -961,7 +960,7 @@ def open_loaders(args, config, ranks, training, test):
         config["auto_augment"], **options)
     same = dict(seed=config["seed"], rank=ranks.rank, world=ranks.world, workers=workers,
                 recipe=config["recipe"], pin_memory=args.pin_mem and ranks.device.type == "cuda")
-    train = training and datasets.ImageLoader(
+    train = None if training is None else datasets.ImageLoader(
         training, transform, config["batch_size"], train=True, repeats=config["repeats"], **same)
     transform = datasets.eval_transform(config["val_resize_size"], config["val_crop_size"],
                                         config["interpolation"])
@@ -974,7 +973,8 @@ def prepare(args, ranks, stop):
     check(args, config)
     folder = run_folder(args)
     training, test = open_sources(args, config)
-    config.update(train_size=training and len(training), classes=len(test.classes))
+    config.update(train_size=None if training is None else len(training),
+                  classes=len(test.classes))
     finish = datasets.Finish(
         MEAN, STD, len(test.classes), recipe=config["recipe"], erase_prob=config["random_erase"],
         erase_mode=config["remode"], mixup_alpha=config["mixup"], cutmix_alpha=config["cutmix"],
@@ -982,10 +982,12 @@ def prepare(args, ranks, stop):
         smoothing=config["label_smoothing"])
     loaders = open_loaders(args, config, ranks, training, test)
     if ranks.rank == 0:
-        print(f"{len(training) if training else 'no'} training images: "
-              f"{training and training.where}; {len(test)} test images: {test.where}; "
-              f"{len(test.classes)} classes; {ranks.world} process"
-              f"{'es' if ranks.world > 1 else ''}, {config['global_batch']} images a step")
+        for source, split in ((training, "training"), (test, "test")):
+            if source is not None:
+                print(f"{len(source)} {split} images of {len(source.classes)} classes: "
+                      f"{source.where}")
+        print(f"{ranks.world} process{'es' if ranks.world > 1 else ''}, "
+              f"{config['global_batch']} images a step")
     return build(config, ranks, stop, *loaders, finish, args.print_freq), folder
 
 
