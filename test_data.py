@@ -588,46 +588,56 @@ def test_images_crop():
     assert data.random_crop(1, 1, (0.08, 1), (3 / 4, 4 / 3), rng) == (0, 0, 1, 1)
 
 
-def triangle(image, size):
-    """An antialiased bilinear resize of (H, W, 3), from the definition, in float64."""
+def filtered(image, size, interpolation):
+    """An antialiased resize of (H, W, 3), from the definition of its filter, in float64."""
+    def cubic(x):  # Keys's, a = -1/2
+        return np.where(x < 1, 1.5 * x ** 3 - 2.5 * x ** 2 + 1,
+                        np.where(x < 2, -0.5 * x ** 3 + 2.5 * x ** 2 - 4 * x + 2, 0))
+    kernel = {"bilinear": lambda x: np.maximum(0, 1 - x), "bicubic": cubic}[interpolation]
     for axis, out in enumerate(size):
         scale = image.shape[axis] / out
         centre = (np.arange(out) + 0.5)[:, None] * scale
-        away = np.abs(np.arange(image.shape[axis]) + 0.5 - centre) / max(scale, 1)
-        weights = np.maximum(0, 1 - away)
+        weights = kernel(np.abs(np.arange(image.shape[axis]) + 0.5 - centre) / max(scale, 1))
         weights /= weights.sum(1, keepdims=True)
         image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
     return image
 
 
 def test_images_resize():
-    """Arrays and, with Pillow, images: cut out, filtered, flipped, centred as defined."""
-    array = smooth_image(2, 90, 130)
+    """Cut out, filtered, flipped and centred as defined; images of Pillow and arrays alike."""
+    array = smooth_image(2, 90, 130) // 2 + 60  # not where levels are cut off
     kinds = [array]
     with contextlib.suppress(ImportError):
         from PIL import Image
         kinds.append(Image.fromarray(array))
     for image in kinds:
-        name = "array" if image is array else "Pillow"
-        for box, size in (((10, 20, 70, 90), (40, 40)), ((0, 0, 50, 30), (64, 64))):
-            got = data.to_tensor(data.resize(image, box, size, "bilinear")).permute(1, 2, 0)
-            top, left, h, w = box
-            want = triangle(array[top:top + h, left:left + w].astype(float), size)
-            close(f"resize of an {name}, of 255", got.double(), want, 1.2 / 255)
-        # long side floor(50·130/90) = 72; offsets round(5) and round(16)
+        for box, size in (((10, 20, 70, 90), (40, 40)), ((0, 0, 50, 30), (64, 64)),
+                          ((0, 0, 90, 130), (90, 130)), ((3, 5, 1, 2), (24, 24))):
+            for interpolation in data.INTERPOLATIONS:
+                got = data.resize(image, box, size, interpolation).permute(1, 2, 0)
+                top, left, h, w = box
+                want = filtered(array[top:top + h, left:left + w].astype(float), size,
+                                interpolation)
+                worst = np.abs(got.double().numpy() - want).max()
+                assert worst < 1.8, (interpolation, box, size, worst)
+        # long side floor(50·130/90) = 72; offsets round(5) and round(16); round(2.5) = 2
         got = data.eval_transform(50, 40)(image)
-        whole = data.to_tensor(data.resize(image, (0, 0, 90, 130), (50, 72), "bilinear"))
+        whole = data.resize(image, (0, 0, 90, 130), (50, 72), "bilinear")
         assert torch.equal(got, whole[:, 5:45, 16:56])
-        assert data.eval_transform(45, 40)(image).shape == (3, 40, 40)
+        whole = data.resize(image, (0, 0, 90, 130), (45, 65), "bicubic")
+        got = data.eval_transform(45, 40, "bicubic")(image)
+        assert torch.equal(got, whole[:, 2:42, 12:52])
         for seed in range(6):
             plain, flipped = (data.train_transform("torchvision", 24, hflip=p)(
                 image, data.random_state(seed)) for p in (0, 1))
             assert torch.equal(plain.flip(2), flipped) and plain.is_contiguous()
-    # a difference of one or two levels is all that the two kinds may have
-    if len(kinds) == 2:
-        one, two = (data.train_transform("timm", 30, color_jitter=0)(
-            image, data.random_state(9)).double() for image in kinds)
-        close("crop of an array and of an image", one, two, 2 / 255)
+            assert torch.equal(plain, data.train_transform("torchvision", 24, hflip=0)(
+                array, data.random_state(seed)))
+    with contextlib.suppress(IndexError):
+        want = kinds[1].resize((60, 60), Image.Resampling.BILINEAR)
+        got = data.resize(kinds[1], (0, 0, 90, 130), (60, 60), "bilinear").permute(1, 2, 0)
+        close("as Pillow does it, of 255", got.double() / 255,
+              np.asarray(want).astype(float) / 255, 2 / 255)
     data_error(lambda: data.eval_transform(200, 224), "224", "200")
 
 
@@ -835,7 +845,7 @@ def test_images_operations():
                 wrong = np.abs(got.astype(int) - want)
                 assert (wrong > 0).mean() <= (0.02 if inexact else 0), (name, value)
                 assert (wrong > 1).mean() <= 0.002, (name, value)
-    # without filling in, the colour jitter is made of the same operations
+    # the colour jitter, which needs no Pillow, is made of the same operations
     array, tensor = smooth_image(5, 30, 30), torch.from_numpy(smooth_image(5, 30, 30))
     for seed in range(8):
         rng, image = data.random_state(seed), Image.fromarray(array)
@@ -1106,6 +1116,24 @@ def test_images_pack():
         bad = run(files, path / "other", "--size", 24)
         assert bad.returncode == 2 and "bad.png" in bad.stderr and bad.stderr.count("\n") == 1, bad
         assert not (path / "other" / "train.packed.json").exists()
+
+
+def test_images_rates():
+    """The table has a row for each operation; what cannot be measured is refused."""
+    needs_pillow()
+    with folder() as path:
+        class_folders(path)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            data.print_rates(path, count=2)
+        rows = out.getvalue().splitlines()
+        assert "its files" in rows[1] and len(rows) == 8 and "inf" in rows[3], out.getvalue()
+        for row in rows[4:]:
+            files, packed = map(float, row.split()[-2:])
+            assert min(files, packed) > 10, row
+        (path / "train.packed.json").write_text("{}")
+        data_error(lambda: data.print_rates(path), "incomplete")
+    image = data.noise_image(0, 1.1)
+    assert image.shape == (375, 500, 3) and 30 < image.std() < 60
 
 
 def test_images_signals():
