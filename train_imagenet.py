@@ -1094,13 +1094,13 @@ def smoke(stop):
         for optim in ("sgd", "mac", "nysact"):
             go(f"resnet-{optim}", f"--model resnet18 --epochs 1 --opt {optim} --accum 2 "
                "--model-ema --mixup 0.2 --cutmix 1 --random-erase 0.5 --norm-weight-decay 0")
-        twice = "--model resnet18 --opt mac --epochs 2 --warmup 1 --model-ema"
-        go("straight", twice)
+        twice = "--model deit_tiny_patch16_224 --epochs 2 --warmup 1 --model-ema --drop-path 0.2"
+        go("straight", twice, 32)
         stop.number = signal.SIGTERM           # as if it came in the first step
         with contextlib.suppress(KeyboardInterrupt):
-            go("resumed", twice)
+            go("resumed", twice, 32)
         stop.number = 0
-        go("resumed", f"{twice} --resume")
+        go("resumed", f"{twice} --resume", 32)
         a, b = (Path(root, folder, "log.csv").read_text().splitlines()
                 for folder in ("straight", "resumed"))
         if [line.split(",")[:6] for line in a] != [line.split(",")[:6] for line in b]:
