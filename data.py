@@ -1178,8 +1178,8 @@ class RandAugment:
     text: `rand` and, between dashes in any order, m9: the magnitude (10); n2: operations per
     image (2); p0.5: the probability of each (0.5); mstd0.5: the standard deviation of the
     magnitude (0), above 100 it is uniform from 0 to m; mmax10: its upper limit (10); inc1: the
-    operations whose effect grows with the magnitude throughout. (timm takes w and t, weights and
-    sets of operations, as well.) interpolation: as train_transform's. Raises DataError.
+    operations whose effect grows with the magnitude throughout. (timm's w and t, weights and sets
+    of operations, are not understood.) interpolation: as train_transform's. Raises DataError.
     """
 
     def __init__(self, text, interpolation="random"):
@@ -1349,7 +1349,7 @@ class ImageLoader:
                     raise DataError(str(batch))  # a new one: `batch` would hold this frame
                 yield tuple(batch)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not str(error).startswith("DataLoader worker (pid"):
                 raise
             raise DataError("a process that loads images was ended from outside, mostly for lack "
                             "of memory or of shared memory (/dev/shm); use fewer workers or "
@@ -1501,6 +1501,9 @@ def pack(src, dst, size, workers=0):
     split's files get their names when they are complete, SPLIT.packed.json last; an interrupted
     split is begun anew, one that is there already is left alone if it came from the same images
     and refused if not. Prints what it wrote. Raises DataError.
+
+    What lies beyond the square is lost to training, and evaluation scales twice: accuracies to
+    compare with published ones are measured on the files.
     """
     src, dst = os.path.abspath(os.path.expanduser(src)), os.path.expanduser(dst)
     train = open_images(src, "train")
@@ -1516,6 +1519,8 @@ def pack(src, dst, size, workers=0):
                      "classes": source.classes}
             if not packed_already(dst, split, about):
                 todo[split] = source, about
+                with contextlib.suppress(FileNotFoundError):  # what an interrupted packing left
+                    os.unlink(os.path.join(dst, f"{split}.images.npy.part"))
         needed = sum(len(source) for source, _ in todo.values()) * size * size * 3
         free = shutil.disk_usage(dst).free
         if needed > free:

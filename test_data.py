@@ -1,6 +1,7 @@
 """data.py: every file form, damage, downloads from a server on this machine, and batches.
 
-    python test_data.py          # a quarter of a minute; no network, no real data set
+    python test_data.py          # half a minute; no network, no real data set
+    python test_data.py images   # ImageNet's pipeline alone
 """
 import contextlib
 import gzip
@@ -859,7 +860,7 @@ def test_images_operations():
 
 def drawn(policy, count, size=(200, 100)):
     """[[(name, value, filter), ...] for each image]: what a policy asks of `operate`."""
-    log = []
+    log, image = [], mock.Mock(size=size)
 
     def record(image, name, value=None, interpolation="bilinear", fill=(0, 0, 0)):
         log[-1].append((name, value, interpolation, fill))
@@ -868,7 +869,7 @@ def drawn(policy, count, size=(200, 100)):
     with mock.patch.object(data, "operate", record):
         for i in range(count):
             log.append([])
-            policy(mock.Mock(size=size), data.random_state(11, i))
+            policy(image, data.random_state(11, i))
     return log
 
 
@@ -1136,8 +1137,23 @@ def test_images_rates():
     assert image.shape == (375, 500, 3) and 30 < image.std() < 60
 
 
+def kill_worker(image, rng):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_in_worker(image, rng):
+    raise RuntimeError("a mistake of the program")
+
+
 def test_images_signals():
     """A signal to every process is the main one's affair; no worker survives it."""
+    source = data.dummy_images(8, 4, 2)
+    print("    " + data_error(lambda: epoch_of(source, kill_worker, workers=1), "memory"))
+    try:  # not the user's mistake: all of it is shown
+        epoch_of(source, fail_in_worker, workers=1)
+        raise AssertionError("nothing was raised")
+    except RuntimeError as error:
+        assert "fail_in_worker" in str(error)
     code = ("import data, os, signal, sys, time\n"
             "source = data.dummy_images(4000, 32, 5)\n"
             "loader = data.ImageLoader(source, data.train_transform('torchvision', 16), 8, seed=0,"
