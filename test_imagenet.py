@@ -1,6 +1,6 @@
 """train_imagenet.py: its flags, its arithmetic, its ranks, and as a user runs it with torchrun.
 
-    python test_imagenet.py           # a minute and a half on two CPU cores; no data, no network
+    python test_imagenet.py       # two minutes of CPU time for two cores; no data, no network
 
 Images are random and tiny, so accuracies mean nothing. What takes several ranks runs in three
 processes that are started once; only a few checks pay for torchrun.
