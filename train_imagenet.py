@@ -695,13 +695,16 @@ def train_step(run, batches, epoch, step):
     torch.manual_seed(seed_of(config["seed"], epoch, step, ranks.rank))       # dropout, drop_path
     sums = torch.zeros(3, device=ranks.device)
     run.optimizer.zero_grad()
+    call = run.step_model
+    if getattr(run.optimizer, "collecting", False):     # its hooks would break a compiled graph
+        call = run.model if run.ddp is None else run.ddp
     for i, (x, labels) in enumerate(batches):
         x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
         batch = step * config["accum"] + i
         x, target = run.finish(x, labels, (config["seed"], epoch, ranks.rank, batch))
         alone = run.ddp is not None and i + 1 < len(batches)     # the last one's are averaged
         with run.ddp.no_sync() if alone else contextlib.nullcontext():
-            logits = logits_of(run, run.step_model, x)
+            logits = logits_of(run, call, x)
             loss = run.finish.loss(logits, target)
             if config.get("fisher") == "sampled":
                 run.optimizer.sample_fisher(logits)
