@@ -729,6 +729,8 @@ def main(argv):
     signal.signal(signal.SIGTERM, terminate)
     try:
         args = parse(argv)
+        if args.smoke and RANKS > 1:
+            raise UsageError("--smoke is for one process: start it without torchrun")
         if args.smoke:
             with contextlib.redirect_stdout(io.StringIO()):
                 summary = smoke()
