@@ -755,14 +755,14 @@ class Text(NamedTuple):
 
 
 def load_text(name, data_dir="data", train_file=None, valid_file=None, train_size=None,
-              download=True):
+              valid_size=None, download=True):
     """Return a text as `Text`.
 
     name: wikitext2, by words; grammar, generated, by characters; or the path of a text file (plain
     or .gz, UTF-8), by characters, of which the last tenth is for validation. train_file and
     valid_file choose among wikitext2's files (default train.txt and valid.txt), or name others in
-    its folder. train_size: keep only the first so many training tokens; the vocabulary stays that
-    of all. Raises DataError with a message for the user.
+    its folder. train_size, valid_size: keep only the first so many tokens; the vocabulary stays
+    that of all. Raises DataError with a message for the user.
     """
     try:
         if name == "wikitext2":
@@ -776,10 +776,13 @@ def load_text(name, data_dir="data", train_file=None, valid_file=None, train_siz
     except OSError as error:
         raise DataError(f"cannot use {error.filename or name}: {error.strerror or error}. Give "
                         f"another file, or one of {', '.join(TEXTS)}.") from error
-    if train_size is not None and train_size > len(text.train):
-        raise DataError(f"train_size is {train_size}, but {text.source} has only "
-                        f"{len(text.train)} training tokens.")
-    return text._replace(train=text.train[:train_size].clone())
+    for part, size in (("train", train_size), ("valid", valid_size)):
+        tokens = getattr(text, part)
+        if size is not None and size > len(tokens):
+            raise DataError(f"{part}_size is {size}, but {text.source} has only {len(tokens)} "
+                            "such tokens.")
+        text = text._replace(**{part: tokens[:size].clone()})
+    return text
 
 
 def decode(blob, where):
