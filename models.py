@@ -534,8 +534,8 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.dropout(x))))
 
 
-# minigpt is the size of AdaFisher's language models (whose embeddings were GPT-1's, frozen), nanogpt
-# that of MAC's; char is for characters on a CPU.
+# minigpt is the size of AdaFisher's language models (whose embeddings were GPT-1's, frozen),
+# nanogpt that of MAC's; char is for characters on a CPU.
 GPT_SIZES = {
     "minigpt": dict(context=256, layers=4, heads=12, width=768),
     "gpt2_small": dict(context=1024, layers=12, heads=12, width=768),

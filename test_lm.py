@@ -238,8 +238,8 @@ def test_text_wikitext_sources():
              for name, blob in files.items()}
     known["wikitext-2-v1.zip"] = (None, "md5:" + hashlib.md5(packed.getvalue()).hexdigest())
     with mirror(blobs) as address, mock.patch.dict(data.FILES, known):
-        for single, whole, found in (("good", "missing", "train.txt"), ("missing", "good", "v1.zip"),
-                                     ("wrong", "good", "v1.zip")):
+        for single, whole, found in (("good", "missing", "train.txt"),
+                                     ("missing", "good", "v1.zip"), ("wrong", "good", "v1.zip")):
             urls = {f"wikitext2/{name}": [f"{address}/{single}/{name}"] for name in files}
             urls["wikitext2"] = [f"{address}/{whole}/wikitext-2-v1.zip"]
             with folder() as tmp, mock.patch.dict(data.MIRRORS, urls):
@@ -366,7 +366,7 @@ def built(*argv, vocabulary=11):
 
 
 def test_embeddings_plain_step():
-    """In every optimizer the embeddings and a tied head take the plain step, with their own rate."""
+    """In every optimizer embeddings and a tied head take the plain step, at their own rate."""
     x, y = torch.randint(11, (2, 4, 16))
     for optim in ("sgd", "mac", "nysact", "foof", "kfac", "adafisher", "adafisherw"):
         net, optimizer, _ = built("--optim", optim, "--lr", 0.01, "--weight_decay", 0.1,
@@ -550,11 +550,13 @@ def test_wrong_commands():
             "--batch_size 0": "--batch_size", "--dropout 1": "--dropout", "--model gpt3": "nanogpt",
             "--optim sgdd": "adamw", "--dataset ptb": "wikitext2", "--embedding_lr 0": "positive",
             "--learning_rate 1": "--learning_rate", "--accumulate 3": "--accumulate",
-            "--train_size 999999999": "999999999", "--valid_size 1": "at least two", "--train_file x": "--train_file",
+            "--train_size 999999999": "999999999", "--valid_size 1": "at least two",
+            "--train_file x": "--train_file",
             "--batch_size 512 --train_size 100": "fewer than --batch_size",
             "--context 300": "--context", "--schedule linear": "constant", "--run": "--run",
             f"--text {tmp}/none": "none", f"--text {tmp}/binary": "UTF-8",
-            f"--text {tmp}/short --train_size 80 --valid_size 9": "--context", f"--text {tmp}": str(tmp),
+            f"--text {tmp}/short --train_size 80 --valid_size 9": "--context",
+            f"--text {tmp}": str(tmp),
             "--optim sgd --momentum 0 --nesterov": "esterov",
             f"--dataset wikitext2 --data_dir {tmp} --train_file my.txt": "my.txt",
         }

@@ -438,10 +438,11 @@ def evaluate(model, tokens, config):
     """Mean loss in nats over every token but the first, in windows that do not overlap."""
     model.eval()
     size = config["batch_size"] // RANKS // config["accumulate"]
-    total = len(tokens) // (size * config["context"]) + 2
+    whole, rest = divmod(len(tokens) - 1, config["context"])
     sums = []
     for i, (x, y) in enumerate(tqdm(datasets.all_windows(tokens, config["context"], size), "valid",
-                                    total, leave=False, disable=None if RANK == 0 else True)):
+                                    -(-whole // size) + (rest > 0), leave=False,
+                                    disable=None if RANK == 0 else True)):
         if i % RANKS == RANK:
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config["amp"]):
                 logits = model(x)
@@ -700,10 +701,10 @@ def smoke():
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
         def go(folder, *flags, until=None):
-            argv = ["--dataset", "grammar", "--train_size", "300", "--valid_size", "100",
-                    "--batch_size", "4", "--context", "16", "--layers", "2", "--heads", "2", "--width", "16",
-                    "--warmup", "2", "--sample", "5", "--output_dir", str(Path(root, folder)),
-                    "--optim", *RECIPES, *flags]
+            argv = shlex.split(
+                "--dataset grammar --train_size 300 --valid_size 100 --batch_size 4 --context 16 "
+                "--layers 2 --heads 2 --width 16 --warmup 2 --sample 5")
+            argv += ["--output_dir", str(Path(root, folder)), "--optim", *RECIPES, *flags]
             run_all(parse(argv), argv, until)
 
         go("untied", "--untied", "--epoch", "1", "--model", "nanogpt", "--dropout", "0.1")
