@@ -48,10 +48,10 @@ import data as datasets
 from models import GPT, GPT_SIZES
 
 # A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
-# of its row and no others. adafisher and adafisherw: rate, damping and decay of AdaFisher's
-# language models. mac: damping, periods of MAC's nanoGPT folder, decay of its other Transformers.
-# The other rates suit networks of a million weights (results/tinyshakespeare-rates), since nobody
-# has published any for networks whose embeddings are learned.
+# of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
+# decay of its image networks. mac: damping and periods of MAC's nanoGPT folder, decay of its other
+# Transformers. The other rates suit small networks (results/tinyshakespeare/rates.csv); none are
+# published for this task with embeddings that are learned.
 SGD = dict(lr=0.3, momentum=0.9, nesterov=False, weight_decay=1e-4, embedding_lr=1.0)
 CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
 # Embeddings take F̃ = 1, a thousandth of the step of a layer's flat directions: hence embedding_lr.
@@ -66,7 +66,7 @@ RECIPES = {
     "foof": CURVATURE,
     "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
                  weight_sharing="expand", kl_clip=1e-3),
-    "adafisher": ADAFISHER,
+    "adafisher": dict(ADAFISHER, weight_decay=5e-4),
     "adafisherw": ADAFISHER,
 }
 # A class of torch.optim, or of a file of this folder, imported when its optimizer is asked for.
