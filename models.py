@@ -820,6 +820,97 @@ def check_fit(path, own, state):
 
 
 # ---------------------------------------------------------------------------------------------
+# GPT
+# ---------------------------------------------------------------------------------------------
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and what came before it."""
+    is_causal = True  # mac.py's hook masks the scores that it takes again as this says
+
+    def __init__(self, dim, heads, bias, dropout):
+        super().__init__()
+        self.num_heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                             dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm transformer block of a language model; dropout on what each half adds."""
+
+    def __init__(self, dim, heads, bias, dropout):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, bias=bias)
+        self.attn = CausalAttention(dim, heads, bias, dropout)
+        self.norm2 = nn.LayerNorm(dim, bias=bias)
+        self.fc1 = nn.Linear(dim, 4 * dim, bias=bias)
+        self.fc2 = nn.Linear(4 * dim, dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        x = x + self.dropout(self.attn(self.norm1(x)))
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+class GPT(nn.Module):
+    """Tokens (B, T) to the logits of each next token, (B, T, vocabulary); T ≤ context.
+
+    Radford et al. 2019 (GPT-2): learned positions, pre-norm blocks, a norm at the end. tied: the
+    head's weight is the token embedding's, one Parameter and once in `parameters()`; `state_dict`
+    has it under both names. Raises ValueError for a width that the heads do not divide, and for
+    more tokens than the context.
+    """
+
+    def __init__(self, vocabulary, context, layers, heads, width, bias=True, tied=True,
+                 dropout=0.0):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {width}.")
+        self.context = context
+        self.wte = nn.Embedding(vocabulary, width)
+        self.wpe = nn.Embedding(context, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(CausalBlock(width, heads, bias, dropout)
+                                      for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, bias=bias)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.wte.weight
+
+        for name, p in self.named_parameters():
+            if name.endswith(("proj.weight", "fc2.weight")):  # 2·layers of these add up
+                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens):
+        T = tokens.shape[1]
+        if T > self.context:
+            raise ValueError(f"{T} tokens are more than the context of {self.context}.")
+        x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))  # (B, T, D)
+        return self.head(self.norm(self.blocks(self.dropout(x))))
+
+
+# minigpt is the size of AdaFisher's language models (whose embeddings were GPT-1's, frozen),
+# nanogpt that of MAC's; char is for characters on a CPU.
+GPT_SIZES = {
+    "minigpt": dict(context=256, layers=4, heads=12, width=768),
+    "gpt2_small": dict(context=1024, layers=12, heads=12, width=768),
+    "nanogpt": dict(context=512, layers=8, heads=8, width=256, bias=False),
+    "char": dict(context=64, layers=4, heads=4, width=128),
+}
+
+
+# ---------------------------------------------------------------------------------------------
 
 CIFAR_MODELS = {
     "resnet20": resnet20,

@@ -854,6 +854,32 @@ def test_mac_vision_transformers():
                   {name: step[name] for name in qkv}, qkv, 1e-10)
 
 
+def test_mac_attention_gpt():
+    """(6) ā_V of each block of the causal GPT, from its weights, by loops over all that it sees."""
+    torch.manual_seed(0)
+    B, N, D, h = 3, 5, 6, 2
+    net, inputs = models.GPT(7, N, layers=2, heads=h, width=D).double(), []
+    for block in net.blocks:
+        block.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+        nn.init.normal_(block.attn.qkv.weight)
+        nn.init.normal_(block.attn.qkv.bias)
+    tokens = torch.randint(7, (B, N))
+    optimizer = one_step(net, lambda: net(tokens))
+    later = torch.zeros(N, N, dtype=torch.float64).masked_fill(torch.ones(N, N).triu(1) > 0,
+                                                               -float("inf"))
+    for i, (block, X) in enumerate(zip(net.blocks, inputs)):
+        weight, bias = (p.detach() for p in (block.attn.qkv.weight, block.attn.qkv.bias))
+        q, k, _ = F.linear(X, weight, bias).view(B, N, 3, h, -1).permute(2, 0, 3, 1, 4)
+        _, row = attention_loop(q, k, X, (D // h) ** -0.5, later.expand(B, h, N, N))
+        _, open_row = attention_loop(q, k, X, (D // h) ** -0.5, torch.zeros(B, h, N, N))
+        mean, one = X.mean((0, 1)), torch.ones(1, dtype=torch.float64)
+        want = torch.stack([torch.cat([y, one]) for y in (mean, mean, row)])
+        close(f"(6) qkv of a GPT's block {i}", optimizer.state[block.attn.qkv.weight]["mean"],
+              want, 1e-12)
+        assert (row - open_row).norm() > 0.1 * row.norm()      # the mask matters here
+    assert net.wte.weight not in optimizer.layers and "plain step: wte" in repr(optimizer)
+
+
 def check_multihead(name, options, inputs, **call):
     """nn.MultiheadAttention's means of query, key, attended value, and concat_h(V_hᵀt̄_h)."""
     attention = nn.MultiheadAttention(6, 2, **options).double()
