@@ -284,7 +284,7 @@ def optimizer_class(optim):
     if optim not in FILES:
         return getattr(torch.optim, CLASSES[optim])
     if importlib.util.find_spec(FILES[optim]) is None:
-        raise UsageError(f"--optim {optim} comes later: {FILES[optim]}.py is not here yet")
+        raise UsageError(f"--optim {optim} needs {FILES[optim]}.py beside this script")
     return getattr(importlib.import_module(FILES[optim]), CLASSES[optim])
 
 

@@ -1116,8 +1116,8 @@ def main(argv):
     that the others cannot know of."""
     rank = int(os.environ.get("RANK", 0))
     stop = Stop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     try:
         with open(os.devnull, "w") as nowhere, warnings.catch_warnings(), \
                 contextlib.redirect_stdout(nowhere) if rank else contextlib.nullcontext():

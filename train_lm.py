@@ -21,7 +21,6 @@ a JSON record of the results. Exit status: 0, or 1 when training diverged, 2 for
 """
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import math
@@ -33,7 +32,6 @@ import signal
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
 import zipfile
 from pathlib import Path
@@ -46,6 +44,9 @@ from tqdm import tqdm
 
 import data as datasets
 from models import GPT, GPT_SIZES
+from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, Diverged,
+                         Parser, UsageError, describe, optimizer_class, peak_memory, state_bytes,
+                         terminate, write_file)
 
 # A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
 # of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
@@ -69,52 +70,14 @@ RECIPES = {
     "adafisher": dict(ADAFISHER, weight_decay=5e-4),
     "adafisherw": ADAFISHER,
 }
-# A class of torch.optim, or of a file of this folder, imported when its optimizer is asked for.
-CLASSES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "mac": "MAC", "nysact": "NysAct",
-           "foof": "FOOF", "kfac": "KFAC", "adafisher": "AdaFisher", "adafisherw": "AdaFisherW"}
-FILES = {"mac": "mac", "nysact": "nysact", "foof": "foof", "kfac": "kfac",
-         "adafisher": "adafisher", "adafisherw": "adafisher"}
 COLUMNS = ("epoch", "lr", "train_loss", "train_perplexity", "valid_loss", "valid_perplexity",
            "seconds", "peak_memory")
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # of torchrun
 
 
-class UsageError(Exception):
-    """Its message is the one sentence for the user; exit status 2."""
-
-
-class Diverged(Exception):
-    """Likewise, with exit status 1."""
-
-
 # ---------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------
-
-def number(kind, rule, words):
-    """An argparse type: a number for which rule holds, described by words in the error."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not rule(value):      # no rule holds for nan
-            raise argparse.ArgumentTypeError(f"'{text}' is not {words}")
-        return value
-    return parse
-
-
-POSITIVE = number(float, lambda v: 0 < v < math.inf, "a positive number")
-NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
-FRACTION = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
-COUNT = number(int, lambda v: v >= 1, "a whole number of at least 1")
-COUNT_OR_ZERO = number(int, lambda v: v >= 0, "a whole number of at least 0")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):    # argparse would print all flags first
-        raise UsageError(f"{message} (--help lists the flags)")
-
 
 def parse(argv):
     """The command line; flags of RECIPES that were not given are None."""
@@ -329,10 +292,10 @@ def build(config, device):
             flags["seed"] = config["run"]      # its sketch is drawn at random
         if optim == "kfac":
             flags["loss_terms"] = "tokens"
-        module = importlib.import_module(FILES[optim]) if optim in FILES else torch.optim
-        first = () if optim not in FILES else (model,)
         groups = parameter_groups(model, config)
-        return model, getattr(module, CLASSES[optim])(*first, params=groups, **flags)
+        if optim in FILES:
+            return model, optimizer_class(optim)(model, params=groups, **flags)
+        return model, optimizer_class(optim)(groups, **flags)
     except ValueError as error:  # an impossible combination, in the words of who refused it
         raise UsageError(str(error))
 
@@ -352,14 +315,15 @@ def parameter_groups(model, config):
             dict(params=embeddings, rate=rate, weight_decay=decay / rate if decoupled else decay)]
 
 
-def make_forward(model, config, device):
+def make_forward(model, optimizer, config, device):
     """Tokens → logits in float32. The optimizer's hooks are on the model before this wraps it."""
     if RANKS > 1:
         ids = [device.index] if device.type == "cuda" else None
         model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    call = torch.compile(model) if config["compile"] else model
+    compiled = torch.compile(model) if config["compile"] else model
 
     def forward(x):
+        call = model if getattr(optimizer, "collecting", False) else compiled
         with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
             return call(x).float()
     forward.no_sync = model.no_sync if RANKS > 1 else contextlib.nullcontext
@@ -486,7 +450,7 @@ def train(config, text, folder, args, command, until=None):
                      command=command, optimizer=repr(optimizer).splitlines())
         facts = json.dumps(facts, indent=1, ensure_ascii=False).encode()
         write_file(folder / "config.json", lambda file: file.write(facts))
-    forward = make_forward(model, config, device)
+    forward = make_forward(model, optimizer, config, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for epoch in range(len(rows), until or config["epoch"]):
@@ -530,59 +494,9 @@ def begin(config, folder, model, optimizer, text, resume):
     return rows
 
 
-def describe(model, optimizer, config, device):
-    """What is about to run, in full."""
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else \
-        torch.cuda.get_device_name() if device.type == "cuda" else "GPU"
-    ranks = f"{RANKS} ranks, " if RANKS > 1 else ""
-    print(f"{ranks}{device.type} ({where}), torch {torch.__version__}, {config['model']} with "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    print(textwrap.fill("  ".join(f"{k}={v}".replace(" ", "") for k, v in config.items()), 80,
-                        break_on_hyphens=False))
-    if config["optim"] in FILES:
-        print(*layers(optimizer)[:25], sep="\n")
-        if len(layers(optimizer)) > 25:
-            print(f"    ... {len(layers(optimizer)) - 25} lines more, all of them in config.json")
-    else:
-        print("no layer is preconditioned", flush=True)
-
-
-def layers(optimizer):
-    """What an optimizer of this folder prints below the options that it shares with torch's."""
-    return [part for line in repr(optimizer).rpartition("\n)\n")[2].splitlines()
-            for part in textwrap.wrap(line, 80, subsequent_indent="    ")]
-
-
-def state_bytes(optimizer):
-    return sum(v.nbytes for state in optimizer.state.values() for v in state.values()
-               if torch.is_tensor(v))
-
-
-def peak_memory(device):
-    """MiB: of the GPU since the run began; without one, of this process since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    try:
-        import resource
-    except ImportError:          # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (20 if sys.platform == "darwin" else 10)     # in bytes on macOS, else KiB
-
-
 # ---------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------
-
-def write_file(path, write):
-    """All of it or nothing: whoever kills this process finds the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
 
 def write_log(folder, rows):
     def text(name, value):
@@ -719,10 +633,6 @@ def smoke():
             if [line.split(",")[:6] for line in a] != [line.split(",")[:6] for line in b]:
                 raise Diverged(f"{optim}: a resumed run differs from the uninterrupted one")
     return f"smoke test passed: {' '.join(RECIPES)}, {time.perf_counter() - start:.0f} s"
-
-
-def terminate(signum, frame):
-    raise KeyboardInterrupt(signum)
 
 
 def main(argv):
