@@ -121,7 +121,7 @@ def test_published_commands():
         if (HERE / "nysact.py").exists():
             run(b, *nysact, *quick)
         else:
-            assert "nysact comes later" in refused(b, *nysact, *quick)
+            assert "nysact.py" in refused(b, *nysact, *quick)
         out, _ = finish(first)
         assert record(out)["results"][0]["optim"] == "mac"
         config = json.loads((a / "run" / "config.json").read_text())
