@@ -4,7 +4,7 @@
     python analyze.py spectra                  # eigenvalues of A, P and A ⊗ P while it trains
     python analyze.py mean                     # is the mean input the top eigenvector of A?
     python analyze.py attention                # likewise mean attention, of the scores
-    python analyze.py convergence              # how fast GD, FOOF, K-FAC, NysAct, MAC would contract
+    python analyze.py convergence              # how fast GD, FOOF, K-FAC, NysAct, MAC contract
     python analyze.py gershgorin               # are the Kronecker factors diagonal? Likewise
     python analyze.py perturb                  #     their eigenvalues under noise, and
     python analyze.py fourier                  #     their frequencies and signal-to-noise ratio
@@ -25,8 +25,8 @@ import argparse
 import copy
 import csv
 import inspect
+import io
 import itertools
-import json
 import math
 import re
 import shlex
@@ -275,9 +275,6 @@ def set_up(args, optim=None):
     for name, published in RECIPES[optim].items():
         given = getattr(args, name, None)
         config[name] = published if given is None else given
-    # LeNet-5 has no normalisation layers: the rate of 0.1 that the ResNets take is too much for it
-    if args.model == "lenet5" and args.lr is None and config["lr"] == 0.1:
-        config["lr"] = 0.01
     data = datasets.load(args.dataset, args.data_dir)
     return Setup(data, config, *build(config, data))
 
@@ -571,281 +568,131 @@ def label_of(run, folder):
 # 3. Numbers, tables, pictures
 # ---------------------------------------------------------------------------------------------
 
-def text(value):
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def print_table(columns, rows):
-    """Rows in aligned columns; the middle ones of a long table only in the csv."""
-    shown = [[text(v) if not isinstance(v, float) else f"{v:.4g}" for v in row] for row in rows]
-    if len(shown) > 60:
-        left = len(shown) - 40
-        shown = shown[:20] + [[f"({left} more)"] + [""] * (len(columns) - 1)] + shown[-20:]
-    widths = [max(map(len, column)) for column in zip(columns, *shown)]
-    for row in [list(columns), *shown]:
+    lines = [list(columns), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row]
+                              for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
         print("  ".join(cell.rjust(w) if i else cell.ljust(w)
-                        for i, (cell, w) in enumerate(zip(row, widths))))
+                        for i, (cell, w) in enumerate(zip(line, widths))))
 
 
 def write_csv(path, caption, args, columns, rows):
-    """caption, the command and torch's version as comments, then the header and the rows."""
+    """The caption, the command and torch's version as comments, then the header and the rows."""
     head = [caption, shlex.join(["python", "analyze.py", *args.argv]), f"torch {torch.__version__}"]
     lines = [f"# {line}" for line in head] + [",".join(columns)]
-    lines += [",".join(text(v) for v in row) for row in rows]
+    lines += [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row) for row in rows]
     write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
-def publish(args, name, caption, columns, rows, draw, size, shown=None):
-    """Write NAME.csv and NAME.png and print a table.
+def publish(args, setup, when, caption, columns, rows, shown, size, draw):
+    """Write FIGURE-MODEL-OPTIM-DATASET.csv and .png, print a table; returns path and caption.
 
-    columns: names, with units; rows: tuples. draw: what fills an empty figure of `size` inches.
-    shown: the rows of the printed table, if not all; () for none. Older files of the name are
-    replaced.
+    setup: what was trained, or None. caption: one sentence, to which `setup` and `when` are added.
+    columns: names, with units where there are any; rows: tuples; shown: those of the printed table.
+    draw: what fills an empty matplotlib figure of `size` inches.
     """
-    folder = Path(args.output_dir)
+    folder, name, caption = Path(args.output_dir), args.figure, " ".join(caption.split())
+    if setup is not None:
+        config = setup.config
+        name = "-".join([name, config["model"], config["optim"], config["dataset"]])
+        caption = f"{caption} ({config['model']} on {config['dataset']}{args.note and ', '}" \
+            f"{args.note}; {config['optim']}, {when}, seed {config['run']}.)"
+    elif args.note:
+        caption = f"{caption} ({args.note}.)"
     folder.mkdir(parents=True, exist_ok=True)
-    caption = " ".join(caption.split())
     write_csv(folder / f"{name}.csv", caption, args, columns, rows)
-    if shown is None or shown:
-        print_table(columns, rows if shown is None else shown)
-    print("\n" + textwrap.fill(caption, 100), f"\n{folder / name}.csv", sep="\n")
+    if shown:
+        print_table(columns, shown)
+    print("", textwrap.fill(caption, 100), folder / f"{name}.csv", sep="\n")
     try:
         from matplotlib.figure import Figure
+        from PIL import Image                        # matplotlib needs it too
     except ImportError:
         print("no picture, since matplotlib is missing: pip install matplotlib", file=sys.stderr)
-        return
-    picture = Figure(figsize=size, layout="constrained", dpi=90)
+        return folder / name, caption
+    picture, buffer = Figure(figsize=size, layout="constrained", dpi=90), io.BytesIO()
     draw(picture)
-    picture.supxlabel(textwrap.fill(caption, int(size[0] * 14.5)), fontsize=8, x=0.01, ha="left")
-    write_file(folder / f"{name}.png", lambda file: picture.savefig(file, format="png"))
-    print(f"{folder / name}.png")
+    picture.supxlabel(textwrap.fill(caption, int(size[0] * 15.5)), fontsize=8, x=0.01, ha="left")
+    picture.savefig(buffer, format="png")
+    image = Image.open(buffer).convert("RGB").quantize(128)      # a third of the bytes
+    write_file(folder / f"{name}.png", lambda file: image.save(file, "PNG", optimize=True))
+    print(folder / f"{name}.png")
+    return folder / name, caption
 
 
-def where(setup, steps=None):
-    """What was trained, for captions."""
-    config = setup.config
-    return f"{config['model']} on {config['dataset']}, {config['optim']}" + \
-        (f", {steps}" if steps else "") + f", seed {config['run']}"
+def finish(axis, xlabel, ylabel, title=None):
+    """Words, grid and legend of one panel."""
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=7)
 
 
-def stem(args, setup):
-    config = setup.config
-    return f"{args.figure}-{config['model']}-{config['optim']}-{config['dataset']}"
-
-
-def colours(count):
-    from matplotlib import colormaps
-    return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
-
-
-def spread(items, count):
-    """`count` of the items, evenly spaced, the first and the last among them."""
-    items = list(items)
-    if len(items) <= count:
-        return items
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def name_layers(axis, names):
-    """One tick for each layer, in the order of the network."""
+def by_layer(axis, names, ylabel, *series):
+    """Each of series (values, mark, label) over the layers, in the order of the network."""
+    for values, mark, label in series:
+        axis.plot(range(len(names)), values, mark, ms=6, mfc="none", label=label)
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-    axis.set_xlabel("layer")
+    finish(axis, "layer", ylabel)
+
+
+def colours(items):
+    """(item, colour from dark to light) for a sequence of things that are ordered."""
+    from matplotlib import colormaps
+    return [(item, colormaps["viridis"](0.9 * i / max(1, len(items) - 1)))
+            for i, item in enumerate(items)]
+
+
+def evenly(items, count):
+    """At most `count` of the items, evenly spaced, the first and the last among them."""
+    last = len(items) - 1
+    return [items[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})]
+
+
+def columns_of(rows, first):
+    """The columns of a table from the index `first` on, as lists."""
+    return [list(column) for column in zip(*rows)][first:]
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The figures. The docstrings are what --help shows
+# 4. The figures; their docstrings are what --help shows
 # ---------------------------------------------------------------------------------------------
-
-def spectra(args):
-    """The 50 largest eigenvalues of A, P and A ⊗ P at the beginning, middle and end of training.
-
-    MAC, figure 1. Without --layer: the first, middle and last. A ⊗ P is K-FAC's block but for the
-    number of positions of a convolution, by which P is multiplied there.
-    """
-    rows, names = [], None
-    for when, setup in stages(args, (0, 0.5, 1)):
-        names = choose(setup.net, args.layer, (0, 0.5, 1))
-        for name, m in second_moments(setup.net, sample(setup.data, args), names).items():
-            for matrix, values in top_eigenvalues(m, 50).items():
-                rows += [(name, when, matrix, i + 1, v)
-                         for i, v in enumerate(values.tolist()) if v > 1e-12 * values[0]]
-    whens = list(dict.fromkeys(row[1] for row in rows))
-
-    def draw(picture):
-        axes = picture.subplots(len(names), 3, squeeze=False, sharex=True)
-        for i, name in enumerate(names):
-            for axis, matrix in zip(axes[i], ("A", "P", "A ⊗ P")):
-                for when, colour in zip(whens, colours(len(whens))):
-                    points = [row[3:] for row in rows if row[:3] == (name, when, matrix)]
-                    axis.semilogy(*zip(*points), ".-", ms=3, lw=1, color=colour, label=when)
-                axis.set_title(f"{matrix} of {name}", fontsize=9)
-                axis.set_ylabel("eigenvalue")
-                axis.grid(alpha=0.3)
-        for axis in axes[-1]:
-            axis.set_xlabel("index, largest first")
-        axes[0, 0].legend(fontsize=8)
-    publish(args, stem(args, setup), f"""Largest eigenvalues of the input and output-gradient second
-        moments A and P and of A ⊗ P ({where(setup)}): a few large ones above a long tail, and A
-        sets the scale.""", ("layer", "when", "matrix", "index", "eigenvalue"), rows, draw,
-            (10, 2.4 * len(names) + 1), [row for row in rows if row[3] in (1, 2, 10)])
-
-
-def mean(args):
-    """Per layer: |cos∠(v₁(A), ā)| with the bound of Proposition 4.1; ‖Σ‖₂ beside ‖ā‖².
-
-    MAC, figure 2. A = ā āᵀ + Σ, v₁ the top eigenvector. From sin θ ≤ ‖Σ‖₂/‖ā‖² a least cosine, 0
-    where ‖Σ‖₂ is the larger; and a sharper one that also asks how far Σ turns ā (see alignment).
-    MAC itself treats the first layer by A, and the value projection by attended tokens.
-    """
-    rows, keys = [], ("cosine", "bound", "sharp_bound", "mean_squared", "spread_spectral",
-                      "spread_frobenius")
-    for when, setup in stages(args, (0, 1)):
-        names = list(layers_of(setup.net))
-        for name, m in second_moments(setup.net, sample(setup.data, args), names).items():
-            found = alignment(m.A, m.mean)
-            rows.append((name, when, *(found[key] for key in keys)))
-    last = [row for row in rows if row[1] == when]
-
-    def draw(picture):
-        left, right = picture.subplots(1, 2)
-        place = range(len(last))
-        left.plot(place, [row[2] for row in rows if row[1] != when], "o", mfc="none", color="grey",
-                  label=f"measured, {rows[0][1]}")
-        left.plot(place, [row[2] for row in last], "o", color="C0", label=f"measured, {when}")
-        left.plot(place, [row[4] for row in last], "_", ms=9, mew=2, color="C1",
-                  label="at least (sharper bound)")
-        left.plot(place, [row[3] for row in last], "_", ms=9, mew=2, color="C3",
-                  label="at least (‖Σ‖₂/‖ā‖²)")
-        left.set_ylabel("|cos∠(v₁(A), ā)|")
-        left.set_ylim(-0.05, 1.05)
-        for key, mark, label in ((5, "ā: ‖ā‖²", "s"), (6, "‖Σ‖₂", "^"), (7, "‖Σ‖ Frobenius", "v")):
-            right.semilogy(place, [row[key] for row in last], label, ms=5, label=mark)
-        right.set_ylabel("squared length of an input row")
-        for axis in (left, right):
-            name_layers(axis, names)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-    publish(args, stem(args, setup), f"""How near the top eigenvector of A is to the mean input ā,
-        and the parts of A = ā āᵀ + Σ ({where(setup, when)}): MAC keeps ā and drops Σ.""",
-            ("layer", "when", *keys), rows, draw, (11, 5), last)
-
-
-def attention(args):
-    """Is attention its column means t̄? Singular values of T; |cos| of its top right one with t̄.
-
-    MAC, figure 3. T (N, N) is averaged over images and heads. It is not symmetric: T = 1 t̄ᵀ + E, so
-    the right singular vector is what Proposition 4.1 compares with t̄. Averaging itself brings T
-    nearer to rank 1, hence the mean cosine of single images and heads beside it.
-    """
-    rows, values = [], []
-    for when, setup in stages(args, (0, 1)):
-        for block, (T, cosines) in attention_matrices(setup.net, sample(setup.data, args)).items():
-            found = alignment(T.mT @ T / len(T), T.mean(0))
-            sigma = torch.linalg.svdvals(T).tolist()
-            rows.append((block, when, found["cosine"], found["bound"], found["sharp_bound"],
-                         cosines.mean().item(), *sigma))
-    columns = ("block", "when", "cosine", "bound", "sharp_bound", "single_cosine")
-    values = [f"sigma_{i + 1}" for i in range(len(rows[0]) - len(columns))]
-    last = [row for row in rows if row[1] == when]
-
-    def draw(picture):
-        left, right = picture.subplots(1, 2)
-        for row, colour in zip(spread(last, 4), colours(4)):
-            sigma = [v for v in row[6:] if v > 1e-12 * row[6]]
-            left.semilogy(range(1, len(sigma) + 1), sigma, ".-", ms=3, lw=1, color=colour,
-                          label=row[0])
-        left.set_xlabel("index, largest first")
-        left.set_ylabel(f"singular value of T, {when}")
-        place = range(len(last))
-        right.plot(place, [row[2] for row in rows if row[1] != when], "o", mfc="none",
-                   color="grey", label=f"averaged T, {rows[0][1]}")
-        for key, mark, label in ((2, "o", f"averaged T, {when}"), (4, "_", "at least"),
-                                 (5, "x", "single images and heads")):
-            right.plot(place, [row[key] for row in last], mark, label=label)
-        right.set_ylabel("|cos∠(top right singular vector, t̄)|")
-        name_layers(right, [row[0] for row in last])
-        for axis in (left, right):
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-    publish(args, stem(args, setup), f"""Singular values of the attention matrix T, and how near its
-        top right singular vector is to mean attention t̄ ({where(setup, when)}).""",
-            (*columns, *values), rows, draw, (10, 4.5), [row[:7] for row in last])
-
-
-def convergence(args):
-    """The convergence factor of GD, FOOF, K-FAC, NysAct and MAC along one run of training.
-
-    MAC, figure 4, where the definition is not given; ours: u are the logits of the true labels of
-    the first --samples images, J their Jacobian by the weights of all Linear and Conv2d layers, B
-    a method's multiplier at its published damping. Steps along −B Jᵀ(u − y) change u by J B Jᵀ, so
-    the slowest component shrinks by 1 − c per step of size 1/λ_max, with the factor
-    c = λ_min(J B Jᵀ)/λ_max(J B Jᵀ). J B Jᵀ is a sum over layers.
-    """
-    rows, every = [], max(1, args.steps // 8)
-    setup = set_up(args)
-    (x, y), = datasets.batches(setup.data.train_images[:args.samples],
-                               setup.data.train_labels[:args.samples], args.samples, train=False,
-                               mean=setup.data.mean, std=setup.data.std)
-    names = list(layers_of(setup.net))
-    for step, _ in training(setup, args.steps):
-        if step % every:
-            continue
-        moments = second_moments(setup.net, sample(setup.data, args), names)
-        grams = {}
-        for name, J in output_gradients(setup.net, x, y, names).items():
-            for method, gram in preconditioned_grams(J, moments[name], name == names[0]).items():
-                grams[method] = grams.get(method, 0) + gram
-        rows += [(method, step, *contraction(gram)) for method, gram in grams.items()]
-
-    def draw(picture):
-        axis = picture.subplots()
-        for method in grams:
-            points = [row[1:3] for row in rows if row[0] == method]
-            axis.semilogy(*zip(*points), "o-", ms=4, label=method)
-        axis.set_xlabel("steps of training")
-        axis.set_ylabel("convergence factor λ_min/λ_max")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend()
-    publish(args, stem(args, setup), f"""Convergence factor of each method on {args.samples} images,
-        along one run ({where(setup)}): least squares on the linearised network shrink by one minus
-        it per step. Larger is faster; all are evaluated at the same weights.""",
-            ("method", "step", "factor", "lambda_min", "lambda_max"), rows, draw, (7, 5),
-            rows[:len(grams)] + rows[-len(grams):])
-
 
 def effect(args):
-    """Does the preconditioner do anything? Every module's update beside that of plain momentum.
+    """Does the preconditioner do anything? Each module's update beside that of plain momentum.
 
     Along the run of any optimizer, without weight decay: cosine and ratio of lengths of the update
     (over −lr) against the momentum of the raw gradients on the same path; the smallest and largest
-    eigenvalue of the multiplier B; the cosine that these guarantee to a B that stands still,
+    eigenvalue of the multiplier B; the cosine that these guarantee while B stands still,
     2√(low·high)/(low + high); and relative damping, damping over the mean eigenvalue of what it is
     added to. Beside it a placebo: plain momentum from the same start on the same batches, each
-    module's step multiplied by one constant, so that it is as long on average. If the placebo's
-    loss falls as fast, then step lengths did it, not directions.
+    module's step multiplied by one constant, its mean ratio of lengths. If the placebo's loss falls
+    as fast, then the length of the steps did it and not their direction.
     """
     setup, found, losses = set_up(args), [], {args.optim: []}
     for step, loss, modules in watch_updates(setup, args.steps, max(1, args.steps // 20)):
         losses[args.optim].append(loss)
         found += [(name, step, cosine, ratio, low, high, cosine_bound(low, high), damping)
                   for name, (cosine, ratio, low, high, damping) in modules.items()]
-    constants = {}
-    for name in dict.fromkeys(row[0] for row in found):
-        ratios = [row[3] for row in found if row[0] == name]
-        constants[name] = sum(ratios) / len(ratios)
+    ratios = {}
+    for name, _, _, ratio, *_ in found:
+        ratios.setdefault(name, []).append(ratio)
+    constants = {name: sum(values) / len(values) for name, values in ratios.items()}
     losses["placebo"] = train_placebo(setup, args.steps, constants)
     padded = losses["placebo"] + [math.nan] * args.steps
     rows = [(*row, losses[args.optim][row[1] - 1], constants[row[0]], padded[row[1] - 1])
             for row in found]
     last = [row for row in rows if row[1] == rows[-1][1] and row[0] in layers_of(setup.net)]
-    publish(args, stem(args, setup), f"""What {args.optim} does to the momentum of the gradients
-        ({where(setup)}, batches of {args.batch_size}), beside a placebo: plain momentum with one
-        constant per module that makes its steps as long on average. Multipliers and relative
-        damping are those of step {rows[-1][1]}. Cosine 1 and a multiplier without range would be
-        SGD.""",
+    publish(args, setup, f"{args.steps} steps of {args.batch_size} images", f"""What {args.optim}
+        does to the momentum of the gradients, beside a placebo, plain momentum with one constant
+        per module that makes its steps as long on average; with cosine 1 and multipliers without
+        range it would be SGD.""",
             ("module", "step", "cosine", "length_ratio", "multiplier_min", "multiplier_max",
              "cosine_bound", "relative_damping", "loss", "placebo_constant", "placebo_loss"), rows,
-            partial(draw_effect, rows=rows, last=last, losses=losses), (12, 7), last)
+            last, (12, 7), partial(draw_effect, rows=rows, last=last, losses=losses))
 
 
 def train_placebo(setup, steps, constants):
@@ -862,42 +709,157 @@ def train_placebo(setup, steps, constants):
 
 def draw_effect(picture, rows, last, losses):
     (cosines, ratios, loss), (bounds, ranges, damping) = picture.subplots(2, 3)
-    names, place = [row[0] for row in last], range(len(last))
-    few = spread(names, 6)
-    for name, colour in zip(few, colours(len(few))):
-        points = [row for row in rows if row[0] == name]
-        steps = [row[1] for row in points]
-        cosines.plot(steps, [row[2] for row in points], ".-", color=colour, label=name)
-        ratios.semilogy(steps, [row[3] for row in points], ".-", color=colour, label=name)
-        ratios.axhline(points[0][9], color=colour, ls=":", lw=1)
+    names = [row[0] for row in last]
+    for name, colour in colours(evenly(names, 6)):
+        steps, cosine, ratio, *_ = columns_of([row for row in rows if row[0] == name], 1)
+        cosines.plot(steps, cosine, ".-", color=colour, label=name)
+        ratios.plot(steps, ratio, ".-", color=colour, label=name)
+        ratios.axhline(sum(ratio) / len(ratio), color=colour, ls=":", lw=1)
     cosines.axhline(1, color="k", ls=":", lw=1, label="placebo")
-    cosines.set_ylabel("cosine of update and plain momentum")
-    cosines.legend(fontsize=7)
-    ratios.set_ylabel("length of update / plain momentum\n(dotted: the placebo's constant)")
+    finish(cosines, "step", "cosine of update and plain momentum")
+    ratios.set_yscale("log")
+    finish(ratios, "step", "length of update / of plain momentum\n(dotted: the placebo's)")
     for (name, values), style in zip(losses.items(), ("-", "--")):
-        smooth = [sum(values[max(0, i - 9):i + 1]) / len(values[max(0, i - 9):i + 1])
-                  for i in range(len(values))]
-        loss.plot(range(1, len(values) + 1), smooth, style, label=name)
-    loss.set_ylabel("training loss, mean of 10 steps")
-    loss.legend(fontsize=8)
-    bounds.plot(place, [row[2] for row in last], "o", ms=4, label="measured")
-    bounds.plot(place, [row[6] for row in last], "_", color="C3", label="at least, from its range")
-    bounds.set_ylabel(f"cosine in step {last[0][1]}")
-    bounds.legend(fontsize=7)
-    ranges.vlines(place, [row[4] for row in last], [row[5] for row in last], lw=3, label="multiplier")
-    ranges.plot(place, [row[9] for row in last], "kx", ms=4, label="placebo's constant")
+        means = [sum(values[max(0, i - 9):i + 1]) / min(10, i + 1) for i in range(len(values))]
+        loss.plot(range(1, len(means) + 1), means, style, label=name)
+    finish(loss, "step", "training loss, mean of 10 steps")
+    _, cosine, _, low, high, bound, relative, _, constant, _ = columns_of(last, 1)
+    by_layer(bounds, names, f"cosine in step {last[0][1]}", (cosine, "o", "measured"),
+             (bound, "_", "at least, while B stands still"))
+    ranges.vlines(range(len(last)), low, high, lw=3, label="multiplier")
     ranges.set_yscale("log")
-    ranges.set_ylabel("eigenvalues, smallest to largest")
-    ranges.legend(fontsize=7)
-    damping.semilogy(place, [row[7] for row in last], "o", ms=4)
+    by_layer(ranges, names, "eigenvalues of B, smallest to largest",
+             (constant, "kx", "placebo's constant"))
+    damping.set_yscale("log")
     damping.axhline(1, color="k", ls=":", lw=1)
-    damping.set_ylabel("damping / mean eigenvalue of the curvature")
-    for axis in (cosines, ratios, loss):
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    for axis in (bounds, ranges, damping):
-        name_layers(axis, names)
-        axis.grid(alpha=0.3)
+    by_layer(damping, names, "relative damping", (relative, "o", None))
+
+
+def spectra(args):
+    """The 50 largest eigenvalues of A, P and A ⊗ P at the beginning, middle and end of training.
+
+    MAC, figure 1. Without --layer: the first, the middle and the last. A ⊗ P is K-FAC's block but
+    for the number of positions of a convolution, by which P is multiplied there.
+    """
+    rows = []
+    for when, setup in stages(args, (0, 0.5, 1)):
+        names = choose(setup.net, args.layer, (0, 0.5, 1))
+        for name, m in second_moments(setup.net, sample(setup.data, args), names).items():
+            for matrix, values in top_eigenvalues(m, 50).items():
+                rows += [(name, when, matrix, i + 1, v)
+                         for i, v in enumerate(values.tolist()) if v > 1e-12 * values[0]]
+    whens = list(dict.fromkeys(row[1] for row in rows))
+
+    def draw(picture):
+        axes = picture.subplots(len(names), 3, squeeze=False, sharex=True)
+        for name, line in zip(names, axes):
+            for axis, matrix in zip(line, ("A", "P", "A ⊗ P")):
+                for when, colour in colours(whens):
+                    points = [row[3:] for row in rows if row[:3] == (name, when, matrix)]
+                    axis.semilogy(*zip(*points), ".-", ms=3, lw=1, color=colour, label=when)
+                finish(axis, "index, largest first", "eigenvalue", f"{matrix} of {name}")
+    publish(args, setup, f"up to {when}", """Largest eigenvalues of the second moments A of the
+        inputs and P of the output gradients of some layers, and of A ⊗ P, their products.""",
+            ("layer", "when", "matrix", "index", "eigenvalue"), rows,
+            [row for row in rows if row[3] in (1, 10)], (10, 2.4 * len(names) + 1), draw)
+
+
+def mean(args):
+    """Per layer: |cos∠(v₁(A), ā)| with the bound of Proposition 4.1; ‖Σ‖₂ beside ‖ā‖².
+
+    MAC, figure 2. A = ā āᵀ + Σ, v₁ the top eigenvector. From sin θ ≤ ‖Σ‖₂/‖ā‖² a least cosine, 0
+    where ‖Σ‖₂ is the larger; and a sharper one that also asks how far Σ turns ā (see alignment).
+    MAC itself treats the first layer by A, and the value projection by attended tokens.
+    """
+    rows = []
+    for when, setup in stages(args, (0, 1)):
+        names = list(layers_of(setup.net))
+        for name, m in second_moments(setup.net, sample(setup.data, args), names).items():
+            rows.append((name, when, *alignment(m.A, m.mean).values()))
+    before, after = ([row for row in rows if row[1] == w] for w in (rows[0][1], when))
+    cosine, bound, sharp, squared, spread, frobenius = columns_of(after, 2)
+
+    def draw(picture):
+        left, right = picture.subplots(1, 2)
+        by_layer(left, names, "|cos∠(v₁(A), ā)|",
+                 (columns_of(before, 2)[0], ".", f"measured, {before[0][1]}"),
+                 (cosine, "o", f"measured, {when}"), (sharp, "_", "at least (sharper bound)"),
+                 (bound, "x", "at least (‖Σ‖₂/‖ā‖²)"))
+        right.set_yscale("log")
+        by_layer(right, names, "squared length of an input", (squared, "s", "ā: ‖ā‖²"),
+                 (spread, "^", "Σ: ‖Σ‖₂"), (frobenius, "v", "Σ: Frobenius norm"))
+    publish(args, setup, when, """How near the top eigenvector of A is to the mean input ā, and how
+        large the two parts of A = ā āᵀ + Σ are, of which MAC keeps the first.""",
+            ("layer", "when", "cosine", "bound", "sharp_bound", "mean_squared", "spread_spectral",
+             "spread_frobenius"), rows, after, (11, 5), draw)
+
+
+def attention(args):
+    """Is attention its column means t̄? Singular values of T; |cos| of its top right one with t̄.
+
+    MAC, figure 3. T (N, N) is averaged over images and heads. It is not symmetric: T = 1 t̄ᵀ + E, so
+    the right singular vector is what Proposition 4.1 compares with t̄. Averaging itself brings T
+    nearer to rank 1, hence the mean cosine of single images and heads beside it.
+    """
+    rows = []
+    for when, setup in stages(args, (0, 1)):
+        for block, (T, cosines) in attention_matrices(setup.net, sample(setup.data, args)).items():
+            near = list(alignment(T.mT @ T / len(T), T.mean(0)).values())[:3]
+            rows.append((block, when, *near, cosines.mean().item(),
+                         *torch.linalg.svdvals(T).tolist()))
+    before, after = ([row for row in rows if row[1] == w] for w in (rows[0][1], when))
+    cosine, bound, sharp, single = columns_of(after, 2)[:4]
+
+    def draw(picture):
+        left, right = picture.subplots(1, 2)
+        for (block, _, *_, sigma), colour in colours([(*r[:6], r[6:]) for r in evenly(after, 4)]):
+            sigma = [v for v in sigma if v > 1e-12 * sigma[0]]
+            left.semilogy(range(1, len(sigma) + 1), sigma, ".-", ms=3, color=colour, label=block)
+        finish(left, "index, largest first", f"singular value of T, {when}")
+        by_layer(right, [row[0] for row in after], "|cos∠(top right singular vector, t̄)|",
+                 (columns_of(before, 2)[0], ".", f"averaged T, {before[0][1]}"),
+                 (cosine, "o", f"averaged T, {when}"), (sharp, "_", "at least (sharper bound)"),
+                 (single, "x", f"single images and heads, {when}"))
+    columns = ["block", "when", "cosine", "bound", "sharp_bound", "single_cosine"]
+    columns += [f"sigma_{i + 1}" for i in range(len(rows[0]) - len(columns))]
+    publish(args, setup, when, """Singular values of the attention matrix T, averaged over images
+        and heads, and how near its top right singular vector is to mean attention t̄.""",
+            columns, rows, [], (10, 4.5), draw)
+    print_table(columns[:8], [row[:8] for row in after])
+
+
+def convergence(args):
+    """The convergence factor of GD, FOOF, K-FAC, NysAct and MAC along one run of training.
+
+    MAC, figure 4, where the definition is not given; ours: u are the logits of the true labels of
+    the first --samples images, J their Jacobian by the weights of all Linear and Conv2d layers, B
+    a method's multiplier at its published damping. Steps along −B Jᵀ(u − y) change u by J B Jᵀ, so
+    the slowest component shrinks by 1 − c per step of size 1/λ_max, with the factor
+    c = λ_min(J B Jᵀ)/λ_max(J B Jᵀ). J B Jᵀ is a sum over layers.
+    """
+    rows, setup = [], set_up(args)
+    (x, y), = sample(setup.data, argparse.Namespace(images=args.samples, batch_size=args.samples))
+    names = list(layers_of(setup.net))
+    for step, _ in training(setup, args.steps):
+        if step % max(1, args.steps // 8):
+            continue
+        moments, grams = second_moments(setup.net, sample(setup.data, args), names), {}
+        for name, J in output_gradients(setup.net, x, y, names).items():
+            for method, gram in preconditioned_grams(J, moments[name], name == names[0]).items():
+                grams[method] = grams.get(method, 0) + gram
+        rows += [(method, step, *contraction(gram)) for method, gram in grams.items()]
+
+    def draw(picture):
+        axis = picture.subplots()
+        for method in grams:
+            axis.semilogy(*columns_of([row for row in rows if row[0] == method], 1)[:2], "o-",
+                          ms=4, label=method)
+        finish(axis, "steps of training", "convergence factor λ_min/λ_max")
+    publish(args, setup, f"{len(y)} images", """Convergence factor of each method along one run: of
+        the slowest component of a least-squares problem on the linearised network, a step leaves
+        1 minus this; larger is faster, and all methods are compared at the same weights.""",
+            ("method", "step", "factor", "lambda_min", "lambda_max"), rows,
+            rows[:len(grams)] + rows[-len(grams):], (7, 5), draw)
 
 
 def curves(args):
@@ -910,32 +872,38 @@ def curves(args):
     rows = [(label, *row) for label, points in runs.items() for row in points]
 
     def draw(picture):
-        axes = picture.subplots(2, 2, sharey="row")
+        from matplotlib.ticker import LogFormatter, MaxNLocator
+        axes = picture.subplots(2, 2, sharey="row", sharex="col")
         for label, points in runs.items():
-            for row, y in enumerate((2, 3)):
-                for column, x in enumerate((0, 1)):
-                    axes[row, column].plot([p[x] for p in points], [p[y] for p in points], ".-",
-                                           label=label)
+            epoch, seconds, *values = columns_of(points, 0)
+            for line, y in zip(axes, values):
+                for axis, x in zip(line, (epoch, seconds)):
+                    axis.plot(x, y, ".-", label=label)
         axes[0, 0].set_yscale("log")
-        axes[0, 0].set_ylabel("training loss")
-        axes[1, 0].set_ylabel("test accuracy, %")
-        for axis in axes[1]:
-            axis.set_xlabel("epoch" if axis is axes[1, 0] else "seconds of training")
-        for axis in axes.flat:
-            axis.grid(alpha=0.3, which="both")
-        axes[1, 1].legend(fontsize=7)
-    publish(args, "curves", """Training loss and test accuracy after each epoch, against epochs and
-        against the seconds of the training passes so far (as logged, on whatever machine).""",
-            ("run", "epoch", "seconds", "train_loss", "test_accuracy_percent"), rows, draw, (9, 7),
-            [(label, *points[-1]) for label, points in runs.items() if points])
+        axes[0, 0].yaxis.set_major_formatter(LogFormatter())
+        axes[0, 0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        for line, ylabel in zip(axes, ("training loss", "test accuracy, %")):
+            for axis, xlabel in zip(line, ("epoch", "seconds of training")):
+                finish(axis, xlabel, ylabel)
+    publish(args, None, "", """Training loss and test accuracy after each epoch, against epochs and
+        against the seconds of the training passes so far, as logged.""",
+            ("run", "epoch", "seconds", "train_loss", "test_accuracy_percent"), rows,
+            [(label, *points[-1]) for label, points in runs.items()], (9, 7), draw)
 
 
 def factors(args):
-    """(when, setup, {layer: Moments}, the layer to draw) at the end of training or of a run."""
-    for when, setup in stages(args):
-        layer, = choose(setup.net, args.layer, (0.5,))
-        names = list(layers_of(setup.net))
-        return when, setup, second_moments(setup.net, sample(setup.data, args), names), layer
+    """(setup, when, layer to draw, {(layer, "H" or "S"): K-FAC's A or P}) at the end of a run."""
+    (when, setup), = stages(args)
+    layer, = choose(setup.net, args.layer, (0.5,))
+    found = second_moments(setup.net, sample(setup.data, args), list(layers_of(setup.net)))
+    return setup, when, layer, {(name, factor): M for name, m in found.items()
+                                for factor, M in (("H", m.A), ("S", m.P))}
+
+
+def of_factor(rows, factor, column, scale=1):
+    """A column of the rows of H or of S, multiplied by scale."""
+    return [scale * row[column] for row in rows if row[1] == factor]
 
 
 def gershgorin(args):
@@ -943,51 +911,43 @@ def gershgorin(args):
 
     AdaFisher, section 3.1. Row i of H (K-FAC's A) or S (its P) gives a disc of centre M_ii and
     radius Σ_{j≠i} |M_ij|; all eigenvalues lie in the union. If radius < centre in all rows, M is
-    diagonally dominant. The matrices are taken as they are: scaling all entries to [0, 1] first, as
-    in the published picture, would change every eigenvalue.
+    diagonally dominant. The matrices are taken as they are: bringing their entries to [0, 1] first,
+    as in the published picture, would change every eigenvalue. Rows of zeros are left out.
     """
-    when, setup, moments, layer = factors(args)
-    rows, discs = [], {}
-    for name, m in moments.items():
-        for factor, M in (("H", m.A), ("S", m.P)):
-            centres, radii = gershgorin_discs(M)
-            used = centres > 0
-            if name == layer:
-                discs[factor] = (centres, radii, torch.linalg.eigvalsh(M))
-            rows.append((name, factor, len(M), (radii < centres)[used].double().mean().item(),
-                         (radii / centres)[used].median().item(),
-                         (radii.sum() / M.abs().sum()).item()))
+    setup, when, layer, matrices = factors(args)
+    rows = []
+    for key, M in matrices.items():
+        centres, radii = gershgorin_discs(M)
+        used = centres > 0
+        rows.append((*key, len(M), (radii < centres)[used].double().mean().item(),
+                     (radii / centres)[used].median().item(),
+                     (radii.sum() / M.abs().sum()).item()))
 
     def draw(picture):
         from matplotlib.collections import EllipseCollection
         *axes, shares = picture.subplots(1, 3)
-        for axis, (factor, (centres, radii, values)) in zip(axes, discs.items()):
-            points = torch.stack([centres, torch.zeros_like(centres)], 1).numpy()
-            size = 2 * radii.numpy()
+        for axis, factor in zip(axes, "HS"):
+            M = matrices[layer, factor]
+            centres, radii = gershgorin_discs(M)
+            zeros = torch.zeros_like(centres)
             axis.add_collection(EllipseCollection(
-                size, size, [0] * len(size), units="xy", offsets=points, array=radii.numpy(),
-                transOffset=axis.transData, facecolor="none", cmap="viridis", lw=0.6, alpha=0.6))
-            axis.plot(values, torch.zeros_like(values), "k|", ms=9, label="eigenvalues")
-            axis.plot(centres, torch.zeros_like(centres), "r.", ms=3, label="centres M_ii")
-            reach = float((centres + radii).max())
-            axis.set_xlim(float((centres - radii).min()) * 1.05, reach * 1.05)
-            axis.set_ylim(-float(radii.max()) * 1.05, float(radii.max()) * 1.05)
-            axis.set_title(f"{factor} of {layer}", fontsize=9)
-            axis.set_xlabel("real part")
-            axis.set_ylabel("imaginary part")
-            axis.legend(fontsize=7)
-        for i, factor in enumerate("HS"):
-            shares.plot([100 * row[3] for row in rows if row[1] == factor], "os"[i], ms=5,
-                        label=factor)
-        shares.set_ylabel("diagonally dominant rows, %")
+                2 * radii, 2 * radii, zeros, units="xy", array=radii, facecolor="none", lw=0.6,
+                offsets=torch.stack([centres, zeros], 1), offset_transform=axis.transData))
+            axis.plot(torch.linalg.eigvalsh(M), zeros, "k|", ms=9, label="eigenvalues")
+            axis.plot(centres, zeros, "r.", ms=3, label="centres M_ii")
+            axis.axvline(0, color="k", ls=":", lw=1)
+            axis.set_xlim(1.05 * (centres - radii).min(), 1.05 * (centres + radii).max())
+            axis.set_ylim(-1.05 * radii.max(), 1.05 * radii.max())
+            finish(axis, "real part", "imaginary part", f"{factor} of {layer}: discs")
+        by_layer(shares, [row[0] for row in rows if row[1] == "H"], "diagonally dominant rows, %",
+                 *((of_factor(rows, factor, 3, 100), mark, factor) for factor, mark in
+                   (("H", "o"), ("S", "x"))))
         shares.set_ylim(-5, 105)
-        name_layers(shares, list(moments))
-        shares.legend(fontsize=8)
-    publish(args, stem(args, setup), f"""Gershgorin discs of the Kronecker factors H and S of
-        {layer}, and the share of diagonally dominant rows in all layers ({where(setup, when)}). A
-        disc that reaches 0 says nothing about its eigenvalues' sign.""",
+    publish(args, setup, when, f"""Gershgorin discs of the Kronecker factors H and S of {layer} (a
+        disc that reaches 0 leaves the sign of an eigenvalue open), and the share of diagonally
+        dominant rows in all layers.""",
             ("layer", "factor", "rows", "dominant_share", "median_radius_over_centre",
-             "off_diagonal_share_of_absolute_sum"), rows, draw, (13, 4.8))
+             "off_diagonal_share"), rows, rows, (13, 4.8), draw)
 
 
 def perturb(args):
@@ -999,45 +959,35 @@ def perturb(args):
     the diagonal alone, all eigenvalues would be 1: what lies above and below is what a diagonal
     approximation drops.
     """
-    when, setup, moments, layer = factors(args)
-    rows, spectra = [], {}
-    for name, m in moments.items():
-        for factor, M in (("H", m.A), ("S", m.P)):
-            R = correlation(M)
-            E = symmetric_noise(R, args.noise)
-            values, noisy = torch.linalg.eigvalsh(R).flip(0), torch.linalg.eigvalsh(R + E).flip(0)
-            if name == layer:
-                spectra[factor] = values, noisy
-            rows.append((name, factor, len(R), *kaiser(values), *kaiser(noisy),
-                         (values - noisy).abs().max().item(),
-                         torch.linalg.matrix_norm(E, 2).item(), int((noisy < 0).sum())))
+    setup, when, layer, matrices = factors(args)
+    rows, pairs = [], {}
+    for key, M in matrices.items():
+        R = correlation(M)
+        E = symmetric_noise(R, args.noise)
+        values, noisy = pairs[key] = [torch.linalg.eigvalsh(X).flip(0) for X in (R, R + E)]
+        rows.append((*key, len(R), *kaiser(values), *kaiser(noisy), int((noisy < 0).sum()),
+                     (values - noisy).abs().max().item(), torch.linalg.matrix_norm(E, 2).item()))
 
     def draw(picture):
         *axes, kept = picture.subplots(1, 3)
-        for axis, (factor, pair) in zip(axes, spectra.items()):
-            for values, mark, label in zip(pair, ("o", "x"), ("eigenvalues", "with noise")):
-                shown = values.clamp(min=1e-5)
-                axis.loglog(range(1, len(values) + 1), shown, mark, ms=4, mfc="none", label=label)
-            axis.axhline(1, color="k", ls=":", label="Kaiser's rule; of the diagonal alone")
-            axis.set_title(f"{factor} of {layer}, unit diagonal", fontsize=9)
-            axis.set_xlabel("index, largest first")
-            axis.set_ylabel("eigenvalue (below 1e-5 drawn there)")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-        for i, factor in enumerate("HS"):
-            kept.plot([100 * row[3] / row[2] for row in rows if row[1] == factor], "os"[i],
-                      ms=5, label=f"{factor}: eigenvalues kept")
-            kept.plot([100 * row[4] for row in rows if row[1] == factor], "+x"[i], ms=6,
-                      label=f"{factor}: variance they hold")
-        kept.set_ylabel("share, %")
+        for axis, factor in zip(axes, "HS"):
+            for values, mark, label in zip(pairs[layer, factor], "ox", ("as it is", "with noise")):
+                axis.loglog(range(1, len(values) + 1), values.clamp(min=1e-5), mark, ms=4,
+                            mfc="none", label=label)
+            axis.axhline(1, color="k", ls=":", label="the diagonal alone; Kaiser's rule")
+            finish(axis, "index, largest first", "eigenvalue (below 1e-5 drawn there)",
+                   f"{factor} of {layer} at unit diagonal")
+        by_layer(kept, [row[0] for row in rows if row[1] == "H"], "%", *(
+            series for factor, marks in (("H", "os"), ("S", "x+")) for series in (
+                ([100 * row[3] / row[2] for row in rows if row[1] == factor], marks[0],
+                 f"{factor}: eigenvalues above 1"),
+                (of_factor(rows, factor, 4, 100), marks[1], f"{factor}: share of the trace"))))
         kept.set_ylim(-5, 105)
-        name_layers(kept, list(moments))
-        kept.legend(fontsize=7)
-    publish(args, stem(args, setup), f"""Eigenvalues of the factors H and S of {layer} at unit
-        diagonal, with and without symmetric noise of deviation {args.noise:g} off the diagonal, and
-        what Kaiser's rule keeps in all layers ({where(setup, when)}).""",
-            ("layer", "factor", "rows", "kept", "kept_share", "kept_noisy", "kept_share_noisy",
-             "largest_change", "noise_spectral_norm", "negative_noisy"), rows, draw, (13, 4.8))
+    publish(args, setup, when, f"""Eigenvalues of the factors H and S of {layer} at unit diagonal,
+        with and without symmetric noise of deviation {args.noise:g} off the diagonal, and what
+        Kaiser's rule keeps in all layers.""",
+            ("layer", "factor", "rows", "kept", "kept_share", "noisy_kept", "noisy_kept_share",
+             "noisy_negative", "largest_change", "noise_norm"), rows, rows, (13, 4.8), draw)
 
 
 def fourier(args):
@@ -1048,35 +998,30 @@ def fourier(args):
     depends on the sum of both frequencies only: ridges. The ratio is
     10 log₁₀(Σᵢ M_ii² / Σ_{i<j} M̂_ij²), M̂ with the noise.
     """
-    when, setup, moments, layer = factors(args)
-    rows, pictures = [], {}
-    for name, m in moments.items():
-        for factor, M in (("H", m.A), ("S", m.P)):
-            noisy = M + symmetric_noise(M, args.noise)
-            rows.append((name, factor, len(M), signal_to_noise(M, M), signal_to_noise(M, noisy)))
-            if name == layer:
-                pictures[factor] = {"": M / M.abs().max(), "spectrum of {}": spectrum(M),
-                                    "spectrum of {} with noise": spectrum(noisy),
-                                    "spectrum of {}'s diagonal": spectrum(M.diagonal().diag())}
+    setup, when, layer, matrices = factors(args)
+    noisy = {key: M + symmetric_noise(M, args.noise) for key, M in matrices.items()}
+    rows = [(*key, len(M), signal_to_noise(M, M), signal_to_noise(M, noisy[key]))
+            for key, M in matrices.items()]
 
     def draw(picture):
-        axes = picture.subplots(2, 4)
-        for line, (factor, images) in zip(axes, pictures.items()):
-            for axis, (title, image) in zip(line, images.items()):
-                field = bool(title)
-                shown = axis.imshow(image, cmap="viridis" if field else "gray",
-                                    vmin=-80 if field else None, interpolation="nearest",
-                                    extent=(-math.pi, math.pi, math.pi, -math.pi) if field else None)
-                axis.set_title(title.format(factor) or f"{factor} of {layer} / largest entry",
-                               fontsize=9)
-                axis.set_xlabel("frequency, rad" if field else "column")
-                axis.set_ylabel("frequency, rad" if field else "row")
-                picture.colorbar(shown, ax=axis, shrink=0.8, label="dB" if field else None)
-    publish(args, stem(args, setup), f"""The factors H and S of {layer} ({where(setup, when)}) and
-        their two-dimensional spectra, 0 dB the largest, below −80 dB dark. A diagonal matrix would
-        show the ridges of the last column. Noise: symmetric, deviation {args.noise:g} of the mean
-        diagonal entry.""", ("layer", "factor", "rows", "diagonal_to_upper_dB",
-                             "diagonal_to_noisy_upper_dB"), rows, draw, (14, 6.5))
+        for line, factor in zip(picture.subplots(2, 4), "HS"):
+            M = matrices[layer, factor]
+            shown = line[0].imshow(M / M.abs().max(), cmap="gray", interpolation="nearest")
+            line[0].set_title(f"{factor} of {layer} / its largest entry", fontsize=9)
+            line[0].set(xlabel="column", ylabel="row")
+            picture.colorbar(shown, ax=line[0], shrink=0.8)
+            for axis, X, title in zip(line[1:], (M, noisy[layer, factor], M.diagonal().diag()),
+                                      ("as it is", "with noise", "the diagonal alone")):
+                shown = axis.imshow(spectrum(X), vmin=-80, interpolation="nearest",
+                                    extent=(-math.pi, math.pi, math.pi, -math.pi))
+                axis.set_title(f"spectrum of {factor}, {title}", fontsize=9)
+                axis.set(xlabel="frequency, rad", ylabel="frequency, rad")
+            picture.colorbar(shown, ax=line[1:], shrink=0.8, label="dB below the largest")
+    publish(args, setup, when, f"""The factors H and S of {layer} and their two-dimensional spectra;
+        a diagonal matrix would show the ridges of the last column (noise: symmetric, off the
+        diagonal, deviation {args.noise:g} of the mean diagonal entry).""",
+            ("layer", "factor", "rows", "diagonal_to_upper_dB", "diagonal_to_noisy_upper_dB"), rows,
+            rows, (14, 6.5), draw)
 
 
 def landscape(args):
@@ -1090,77 +1035,123 @@ def landscape(args):
     filter: the paths are to scale. An iterate lies off the plane, so its own loss stands beside
     the plane's in the csv.
     """
-    paths, setup, how = run_ends(args) if args.runs else trained_paths(args)
+    paths, setup = run_ends(args) if args.runs else trained_paths(args)
     points = torch.stack([point for path in paths.values() for _, point in path])
     centre, directions, coordinates, shares = principal_plane(points)
     batches, net = sample(setup.data, args), copy.deepcopy(setup.net).train()
-    rows, i = [], 0
-    for label, path in paths.items():
-        for when, point in path:
-            x, y = coordinates[i].tolist()
-            rows.append((label, when, x, y, loss_at(net, point, batches),
-                         loss_at(net, centre + coordinates[i] @ directions, batches)))
-            i += 1
-    xs, ys, losses = surface(setup.net, centre, directions, coordinates, batches, args.grid)
+    steps = [(label, when) for label, path in paths.items() for when, _ in path]
+    rows = [(*step, *at.tolist(), loss_at(net, point, batches),
+             loss_at(net, centre + at @ directions, batches))
+            for step, at, point in zip(steps, coordinates, points)]
+    xs, ys, losses = surface(net, centre, directions, coordinates, batches, args.grid)
 
     def draw(picture):
         axis = picture.subplots()
-        filled = axis.contourf(xs, ys, losses.clamp(max=2 * max(row[5] for row in rows)).log10(),
-                               30, cmap="Greys")
-        picture.colorbar(filled, label="log₁₀ of the loss in the plane")
+        ceiling = 2 * max(row[5] for row in rows)
+        filled = axis.contourf(xs, ys, losses.clamp(max=ceiling).log10(), 30, cmap="Greys")
+        picture.colorbar(filled, label="log₁₀ of the loss in the plane", shrink=0.8)
         for label in paths:
             line = [row for row in rows if row[0] == label]
-            drawn, = axis.plot([r[2] for r in line], [r[3] for r in line],
-                               "o--" if args.runs else ".-", ms=4, lw=1.3,
+            drawn, = axis.plot(*columns_of(line, 2)[:2], "o--" if args.runs else ".-", ms=4,
                                label=f"{label}: {line[-1][4]:.2f}")
-            axis.plot(line[-1][2], line[-1][3], "*", ms=13, color=drawn.get_color(), mec="k")
-        for axis_of, number in ((axis.set_xlabel, 0), (axis.set_ylabel, 1)):
-            axis_of(f"principal direction {number + 1} "
-                    f"({100 * shares[number]:.1f} % of the iterates' variance), length in weights")
-        axis.set_aspect("equal", adjustable="datalim")
-        axis.legend(fontsize=8, title="star: the end, and its loss", title_fontsize=8)
-    name = f"landscape-{setup.config['model']}-{setup.config['dataset']}"
-    caption = f"""{how} Loss on {len(batches[0][1]) * len(batches)} training images
-        ({setup.config['model']} on {setup.config['dataset']}) over the plane of the iterates' two
-        leading principal directions, not normalised by filter; paths are projected to it."""
-    columns = ("path", "when", "direction_1", "direction_2", "loss", "loss_in_plane")
-    publish(args, name, caption, columns, rows, draw, (8, 7),
-            [row for label in paths for row in [r for r in rows if r[0] == label][::9999]])
-    write_csv(Path(args.output_dir, f"{name}-surface.csv"), caption, args,
+            axis.plot(*line[-1][2:4], "*", ms=13, color=drawn.get_color(), mec="k")
+        axis.plot([], [], "k*", label="star: the end, and its loss", ms=9)
+        axis.set_aspect("equal")
+        finish(axis, *(f"principal direction {i + 1} ({100 * share:.1f} % of the iterates' variance"
+                       "),\nlength in weights" for i, share in enumerate(shares.tolist())))
+    path, caption = publish(args, setup, f"{len(points)} iterates", f"""Paths of
+        {', '.join(paths)} {'(straight from start to end)' if args.runs else 'from one start'},
+        projected to the plane of the iterates' two leading principal directions (not normalised by
+        filter), and there the loss on {sum(len(y) for _, y in batches)} training images.""",
+        ("path", "when", "direction_1", "direction_2", "loss", "loss_in_plane"), rows,
+        [row for row, after in zip(rows, [*rows[1:], ("",)]) if row[0] != after[0]], (8, 6.5), draw)
+    write_csv(path.with_name(f"{path.name}-surface.csv"), caption, args,
               ("direction_1", "direction_2", "loss"),
-              [(x, y, losses[i, j].item()) for i, y in enumerate(ys.tolist())
-               for j, x in enumerate(xs.tolist())])
+              [(x, y, loss) for y, line in zip(ys.tolist(), losses.tolist())
+               for x, loss in zip(xs.tolist(), line)])
 
 
 def trained_paths(args):
-    """{optimizer: [(step, parameters)]} from one seed, a Setup, and what was done."""
+    """{optimizer: [(step, parameters)]} from one seed, and a Setup for the surface."""
     paths = {}
     for optim in args.optim:
         setup = set_up(args, optim)
         paths[optim] = [(step, flat(setup.net)) for step, _ in training(setup, args.steps, optim)
                         if step % max(1, args.steps // 30) == 0]
-    return paths, setup, f"""Paths of {', '.join(args.optim)}, {args.steps} steps each from one
-        start (seed {args.run})."""
+    return paths, setup._replace(config=setup.config | dict(optim="+".join(paths)))
 
 
 def run_ends(args):
-    """{run: [(0, its start), (epoch, its end)]}, a Setup, and what was done."""
-    paths, first = {}, None
+    """{run: [(0, its start), (epoch, its end)]}, and a Setup for the surface."""
+    paths, common = {}, None
     for folder in args.runs:
         config, saved = read_run(folder)
-        if first is None:
-            first, data = (config["model"], config["dataset"]), \
-                datasets.load(config["dataset"], args.data_dir)
-        if (config["model"], config["dataset"]) != first:
-            raise UsageError(f"{folder} is {config['model']} on {config['dataset']}, but "
-                             f"{args.runs[0]} is {first[0]} on {first[1]}: one surface takes runs "
-                             "of one network and data set")
+        what = config["model"], config["dataset"]
+        if common is None:
+            common, data = what, datasets.load(config["dataset"], args.data_dir)
+        if what != common:
+            raise UsageError(f"{folder} is {' on '.join(what)}, but {args.runs[0]} is "
+                             f"{' on '.join(common)}: one surface takes one network and data set")
         net, optimizer = build(config, data)
         start = flat(net)
         net.load_state_dict(saved["model"])
         paths[label_of(Path(folder), folder)] = [(0, start), (saved["epoch"], flat(net))]
-    return paths, Setup(data, config, net, optimizer), """Straight lines from start to end of runs,
-        whose folders hold no iterates between."""
+    return paths, Setup(data, config | dict(optim="runs"), net, optimizer)
+
+
+def nystrom(args):
+    """What NysAct's sketch holds of each layer, after training with its published settings.
+
+    λ₁ is the largest eigenvalue of the covariance A that was averaged, λ̂₁ that of the sketch Â; the
+    smallest eigenvalue of the preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁), where
+    1 would be plain SGD; and the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A, beside
+    that of A + ρI in brackets.
+    """
+    setup = set_up(args)
+    ρ, rank, sketch = (setup.config[name] for name in ("damping", "rank", "sketch"))
+    # one step more than asked for: what is applied is refreshed at the beginning of every 50th
+    averages, loss = train_and_watch(setup, args.steps + 1)
+    rows = [sketch_row(layer, averages[layer.weight], setup.optimizer.state[layer.weight], ρ)
+            for layer in setup.optimizer.layers.values()]
+    print(f"{setup.config['model']} on {args.dataset} after {args.steps} steps, rank {rank} "
+          f"{sketch}, ρ = {ρ:g}, loss {loss:.3f}, torch {torch.__version__}\n"
+          "layer                  d      λ₁       λ̂₁   smallest eigenvalue     true   "
+          "condition number")
+    for name, d, top, seen, smallest, wanted, condition, plain in rows:
+        print(f"{name:<18}{d:>6}{top:>8.2f}{seen:>9.2f}{smallest:>22.5f}{wanted:>9.5f}"
+              f"{condition:>11.2f} ({plain:.1f})")
+    identities = sum(row[4] > 0.999 and row[5] < 0.99 for row in rows)
+    print(f"layers whose preconditioner is the identity: {identities} of {len(rows)}")
+    names, _, top, seen, _, _, condition, plain = columns_of(rows, 0)
+
+    def draw(picture):
+        left, right = picture.subplots(1, 2)
+        for axis in (left, right):
+            axis.set_yscale("log")
+        by_layer(left, names, "largest eigenvalue", (top, "o", "λ₁ of A"),
+                 (seen, "x", "λ̂₁ of the sketch"))
+        by_layer(right, names, "condition number", (plain, "o", "A + ρI"),
+                 (condition, "x", "(Â + ρI)⁻¹(A + ρI)"))
+    publish(args, setup, f"{args.steps} steps", f"""What a rank-{rank} {sketch} sketch Â holds of
+        each layer's input covariance A, and what its inverse leaves to do.""",
+            ("layer", "d", "lambda_1", "sketch_lambda_1", "smallest_eigenvalue", "true_smallest",
+             "condition", "condition_plain"), rows, [], (10, 4.5), draw)
+
+
+def sketch_row(layer, A, state, ρ):
+    """Name, d, λ₁, λ̂₁, smallest eigenvalue, the true one, condition number with and without."""
+    true, identity = torch.linalg.eigvalsh(A), torch.eye(len(A), dtype=A.dtype)
+    if "eigenvalues" in state:
+        U, eigenvalues = state["U"].double(), state["eigenvalues"].double()
+        seen = eigenvalues.max()
+        R = torch.linalg.cholesky(A + ρ * identity)             # similar to (Â + ρI)⁻¹(A + ρI)
+        values = torch.linalg.eigvalsh(
+            nysact.precondition(R.mT.contiguous(), None, U, eigenvalues, ρ)[0] @ R)
+    else:                                                       # d ≤ r: exact
+        seen, values = true[-1], torch.ones(2)
+    return layer.name, len(A), *map(float, (
+        true[-1], seen, ρ / (ρ + seen), ρ / (ρ + true[-1]), values[-1] / values[0],
+        (true[-1] + ρ) / (true[0] + ρ)))
 
 
 def covariance(module, x):
@@ -1186,84 +1177,30 @@ def train_and_watch(setup, steps):
                                        k + 1)
     for module in layers_of(setup.net).values():
         module.register_forward_pre_hook(watch)
-    for _, loss in training(setup, steps):
-        pass
+    *_, (_, loss) = training(setup, steps)
     return {weight: A for weight, (A, _) in averages.items()}, loss
-
-
-def nystrom(args):
-    """What NysAct's sketch holds of each layer, after training with its published settings.
-
-    λ₁ is the largest eigenvalue of the covariance A that was averaged, λ̂₁ that of the sketch Â; the
-    smallest eigenvalue of the preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁), where
-    1 would be plain SGD; and the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A, beside
-    that of A + ρI in brackets.
-    """
-    setup, rows = set_up(args), []
-    ρ, rank, sketch = (setup.config[name] for name in ("damping", "rank", "sketch"))
-    # one step more than asked for: what is applied is refreshed at the beginning of every 50th
-    averages, loss = train_and_watch(setup, args.steps + 1)
-    for layer in setup.optimizer.layers.values():
-        A, state = averages[layer.weight], setup.optimizer.state[layer.weight]
-        true, identity = torch.linalg.eigvalsh(A), torch.eye(len(A), dtype=A.dtype)
-        if "eigenvalues" in state:
-            U, eigenvalues = state["U"].double(), state["eigenvalues"].double()
-            seen = eigenvalues.max()
-            R = torch.linalg.cholesky(A + ρ * identity)         # similar to (Â + ρI)⁻¹(A + ρI)
-            values = torch.linalg.eigvalsh(
-                nysact.precondition(R.mT.contiguous(), None, U, eigenvalues, ρ)[0] @ R)
-        else:                                                   # d ≤ r: exact
-            seen, values = true[-1], torch.ones(2)
-        rows.append((layer.name, len(A), *map(float, (
-            true[-1], seen, ρ / (ρ + seen), ρ / (ρ + true[-1]), values[-1] / values[0],
-            (true[-1] + ρ) / (true[0] + ρ)))))
-    print(f"{setup.config['model']} on {args.dataset} after {args.steps} steps, rank {rank} "
-          f"{sketch}, ρ = {ρ:g}, loss {loss:.3f}, torch {torch.__version__}\n"
-          "layer                  d      λ₁       λ̂₁   smallest eigenvalue     true   "
-          "condition number")
-    for name, d, top, seen, smallest, wanted, condition, plain in rows:
-        print(f"{name:<18}{d:>6}{top:>8.2f}{seen:>9.2f}{smallest:>22.5f}{wanted:>9.5f}"
-              f"{condition:>11.2f} ({plain:.1f})")
-    identities = sum(row[4] > 0.999 and row[5] < 0.99 for row in rows)
-    print(f"layers whose preconditioner is the identity: {identities} of {len(rows)}")
-
-    def draw(picture):
-        left, right = picture.subplots(1, 2)
-        for axis, pairs in ((left, ((2, "o", "λ₁ of A"), (3, "x", "λ̂₁ of the sketch"))),
-                            (right, ((7, "o", "A + ρI"), (6, "x", "(Â + ρI)⁻¹(A + ρI)")))):
-            for key, mark, label in pairs:
-                axis.semilogy([row[key] for row in rows], mark, mfc="none", label=label)
-            name_layers(axis, [row[0] for row in rows])
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
-        left.set_ylabel("largest eigenvalue")
-        right.set_ylabel("condition number")
-    publish(args, stem(args, setup), f"""What a rank-{rank} {sketch} sketch holds of each layer's
-        input covariance A, and what its inverse leaves ({where(setup, f'step {args.steps}')}).""",
-            ("layer", "d", "lambda_1", "sketch_lambda_1", "smallest_eigenvalue", "true_smallest",
-             "condition", "condition_plain"), rows, draw, (10, 4.5), ())
 
 
 # ---------------------------------------------------------------------------------------------
 # 5. The command line
 # ---------------------------------------------------------------------------------------------
 
-# figure: (function, defaults of its flags); the flags are those that its defaults name
+# figure: (function, defaults of its flags); those that are not named are not its flags
 TRAINED = dict(model="resnet20", optim="sgd", steps=60, batch_size=64)
-PROBED = TRAINED | dict(images=256, layer=None, from_run=None)
+PROBED = TRAINED | dict(images=256, from_run=None)
 FIGURES = {
     "effect": (effect, TRAINED | dict(optim="mac", steps=100)),
-    "spectra": (spectra, PROBED),
-    "mean": (mean, {k: v for k, v in PROBED.items() if k != "layer"}),
-    "attention": (attention, dict(model="deit_tiny_cifar", optim="adamw", steps=40, batch_size=32,
-                                  images=128, from_run=None)),
-    "convergence": (convergence, TRAINED | dict(model="lenet5", steps=160, images=256, samples=64)),
-    "gershgorin": (gershgorin, PROBED),
-    "perturb": (perturb, PROBED | dict(noise=1e-3)),
-    "fourier": (fourier, PROBED | dict(noise=1e-3)),
+    "spectra": (spectra, PROBED | dict(layer=None)),
+    "mean": (mean, PROBED),
+    "attention": (attention, PROBED | dict(model="deit_tiny_cifar", optim="adamw", steps=40,
+                                           batch_size=32, images=128)),
+    "convergence": (convergence, TRAINED | dict(model="lenet5", steps=240, images=256, samples=64)),
+    "gershgorin": (gershgorin, PROBED | dict(layer=None)),
+    "perturb": (perturb, PROBED | dict(layer=None, noise=1e-3)),
+    "fourier": (fourier, PROBED | dict(layer=None, noise=1e-3)),
     "curves": (curves, dict(runs="+")),
     "landscape": (landscape, TRAINED | dict(
-        model="lenet5", optim=["sgd", "mac", "foof", "kfac", "adamw"], steps=150, images=256,
+        model="lenet5", optim=["sgd", "mac", "foof", "kfac", "adamw"], steps=240, images=256,
         grid=25, runs="*")),
     "nystrom": (nystrom, dict(model="resnet20", steps=100, batch_size=128)),
 }
@@ -1272,8 +1209,7 @@ FIGURES = {
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     usage="python analyze.py FIGURE [flags]", allow_abbrev=False)
-    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE",
-                                    title="figures", help="what each shows:")
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, (make, defaults) in FIGURES.items():
         lines = inspect.getdoc(make)
         figure = figures.add_parser(name, help=lines.split("\n")[0], description=lines,
@@ -1282,18 +1218,12 @@ def parse(argv):
         figure.set_defaults(make=make)
         add_flags(figure, defaults)
     argv = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
-    args = parser.parse_args(argv)
-    args.argv = argv
-    if args.figure == "nystrom":
-        args.optim = "nysact"
-    elif args.figure == "landscape":
-        args.optim = list(dict.fromkeys(args.optim))
-    if args.figure != "curves":
-        optims = [args.optim] if isinstance(args.optim, str) else args.optim
-        for name in sorted({name for recipe in RECIPES.values() for name in recipe}):
-            if getattr(args, name, None) is not None and not any(
-                    name in RECIPES[optim] for optim in optims):
-                raise UsageError(f"--{name} has no use in {', '.join(optims)}")
+    args = parser.parse_args(argv, argparse.Namespace(argv=argv, optim="nysact"))   # of nystrom
+    several = args.optim if isinstance(args.optim, list) else [args.optim]
+    for name in sorted({name for recipe in RECIPES.values() for name in recipe}):
+        if getattr(args, name, None) is not None and \
+                not any(name in RECIPES[optim] for optim in several):
+            raise UsageError(f"--{name} has no use in {', '.join(several)}")
     return args
 
 
@@ -1301,14 +1231,19 @@ def add_flags(figure, defaults):
     """The flags that the defaults name; with a model, also where data lies and the optimizers'."""
     def flag(name, help, **kwargs):
         if name in defaults:
-            figure.add_argument(f"--{name}", default=defaults[name], help=help if
-                                defaults[name] is None else f"{help} (default %(default)s)",
-                                **kwargs)
+            shown = defaults[name]
+            if isinstance(shown, list):
+                shown, kwargs["nargs"] = " ".join(shown), "+"
+            figure.add_argument(f"--{name}", default=defaults[name], help=help if shown is None
+                                else f"{help} (default {shown})", **kwargs)
     if "runs" in defaults:
         figure.add_argument("runs", nargs=defaults["runs"], metavar="RUN",
                             help="folder that train_cifar.py wrote")
     figure.add_argument("--output_dir", default="figures", metavar="DIR",
-                        help="folder of the csv and the PNG (default %(default)s)")
+                        help="folder of the csv and the PNG, which replace older ones of the same "
+                        "name (default %(default)s)")
+    figure.add_argument("--note", default="", metavar="TEXT",
+                        help="added to the caption, on the data say")
     if "model" not in defaults:
         return
     figure.add_argument("--dataset", default="shapes", choices=list(datasets.STATISTICS),
@@ -1316,14 +1251,14 @@ def add_flags(figure, defaults):
     figure.add_argument("--data_dir", default="data", metavar="DIR", help="default %(default)s")
     figure.add_argument("--run", type=COUNT_OR_ZERO, default=0, metavar="SEED",
                         help="seed of everything random (default %(default)s)")
-    several = dict(nargs="+") if isinstance(defaults.get("optim"), list) else {}
     flag("model", "%(choices)s", choices=list(CIFAR_MODELS), metavar="NAME")
-    flag("optim", "what trains; of %(choices)s", choices=list(RECIPES), metavar="NAME", **several)
+    flag("optim", "what trains; of %(choices)s", choices=list(RECIPES), metavar="NAME")
     flag("steps", "steps of training", type=COUNT, metavar="N")
     flag("batch_size", "images per step", type=COUNT, metavar="N")
     flag("images", "images that statistics and losses are taken over", type=COUNT, metavar="N")
     flag("samples", "images of the Jacobian", type=COUNT, metavar="N")
-    flag("layer", "layer by name; an unknown one lists all", nargs="+", metavar="NAME")
+    flag("layer", "layer by its name in the network; an unknown name lists all",
+         nargs=1 if "noise" in defaults else "+", metavar="NAME")
     flag("from_run", "take start and end of this run of train_cifar.py, and train nothing",
          metavar="DIR")
     flag("noise", "deviation of the noise off the diagonal, by the mean of the diagonal",
@@ -1331,10 +1266,10 @@ def add_flags(figure, defaults):
     flag("grid", "points of the surface along each axis", type=COUNT, metavar="N")
 
     def optimizer_flag(group, name, *alias, help, default=None, **kwargs):
-        if name != "calibrate":
+        if name != "calibrate":                      # a pass over all data, in MAC's first layer
             group.add_argument(f"--{name}", *alias, dest=name, help=help, default=None, **kwargs)
     add_optimizer_flags(optimizer_flag, figure.add_argument_group(
-        "optimizer (what is not given is as published; LeNet-5 with 0.01 for a rate of 0.1)"))
+        "optimizer (what is not given is as published)"))
 
 
 def main(argv):
