@@ -180,7 +180,7 @@ def spectrum(M):
 
 
 def signal_to_noise(M, noisy):
-    """10 log₁₀(Σᵢ M_ii² / Σ_{i<j} M̂_ij²) in dB: the diagonal of M against the upper triangle of M̂."""
+    """10 log₁₀(Σᵢ M_ii² / Σ_{i<j} M̂_ij²) in dB: the diagonal of M, the upper triangle of M̂."""
     return 10 * torch.log10(M.diagonal().square().sum() / noisy.triu(1).square().sum()).item()
 
 
@@ -280,7 +280,7 @@ def set_up(args, optim=None):
 
 
 def training(setup, steps, text="steps"):
-    """Train; yields (0, nan) and then, after each step, (steps taken, its loss). Raises Diverged."""
+    """Train; yields (0, nan) and after each step (steps taken, its loss). Raises Diverged."""
     data, config, net, optimizer = setup
     yield 0, math.nan
     stream = (batch for epoch in itertools.count() for batch in datasets.batches(
@@ -797,9 +797,9 @@ def mean(args):
 def attention(args):
     """Is attention its column means t̄? Singular values of T; |cos| of its top right one with t̄.
 
-    MAC, figure 3. T (N, N) is averaged over images and heads. It is not symmetric: T = 1 t̄ᵀ + E, so
-    the right singular vector is what Proposition 4.1 compares with t̄. Averaging itself brings T
-    nearer to rank 1, hence the mean cosine of single images and heads beside it.
+    MAC, figure 3. T (N, N) is averaged over images and heads. It is not symmetric: T = 1 t̄ᵀ + E,
+    so the right singular vector is what Proposition 4.1 compares with t̄. Averaging itself brings
+    T nearer to rank 1, hence the mean cosine of single images and heads beside it.
     """
     rows = []
     for when, setup in stages(args, (0, 1)):
@@ -1102,9 +1102,9 @@ def run_ends(args):
 def nystrom(args):
     """What NysAct's sketch holds of each layer, after training with its published settings.
 
-    λ₁ is the largest eigenvalue of the covariance A that was averaged, λ̂₁ that of the sketch Â; the
-    smallest eigenvalue of the preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁), where
-    1 would be plain SGD; and the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A, beside
+    λ₁ is the largest eigenvalue of the covariance A that was averaged, λ̂₁ that of the sketch Â;
+    the smallest eigenvalue of the preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁),
+    where 1 would be plain SGD; and the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A, beside
     that of A + ρI in brackets.
     """
     setup = set_up(args)
