@@ -28,6 +28,7 @@ import inspect
 import io
 import itertools
 import math
+import os
 import re
 import shlex
 import sys
@@ -105,13 +106,14 @@ def alignment(A, mean):
 
 
 def contraction(gram):
-    """λ_min/λ_max of a Gram matrix (n, n), or 0 where λ_min is negative by rounding; λ_min, λ_max.
+    """λ_min/λ_max of a Gram matrix (n, n), 0 where it is singular to rounding; λ_min, λ_max.
 
     Gradient descent on ½‖u − y‖² with du/dt along −gram (u − y) and the step 1/λ_max multiplies the
     slowest component of u − y by 1 − λ_min/λ_max: 1 is one step, 0 never.
     """
     values = torch.linalg.eigvalsh((gram + gram.mT) / 2)
-    return (values[0] / values[-1]).clamp(min=0).item(), values[0].item(), values[-1].item()
+    low, high = values[0].item(), values[-1].item()
+    return low / high if low > len(gram) * torch.finfo(gram.dtype).eps * high else 0.0, low, high
 
 
 def preconditioned_grams(J, moments, first):
@@ -308,6 +310,7 @@ def stages(args, fractions=(1,)):
     """
     if args.from_run is None:
         setup, wanted = set_up(args), {round(f * args.steps) for f in fractions}
+        choose(setup.net, getattr(args, "layer", None), ())       # refused now, not after training
         for step, _ in training(setup, args.steps):
             if step in wanted:
                 yield f"step {step}", setup
@@ -326,8 +329,10 @@ def read_run(folder):
     path = Path(folder, "checkpoint.pt")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        config = saved["config"]
-        return dict(config, channels_last=False), saved
+        config = dict(saved["config"], channels_last=False)
+        if config["model"] not in CIFAR_MODELS or config["dataset"] not in datasets.STATISTICS:
+            raise KeyError(config["model"])
+        return config, saved
     except FileNotFoundError:
         raise UsageError(f"{folder} holds no checkpoint.pt: name a folder written by "
                          "train_cifar.py")
@@ -537,31 +542,33 @@ def surface(net, centre, directions, coordinates, batches, size):
 
 def read_curves(folders):
     """{label: [(epoch, seconds since the start, train loss, test accuracy)]} of all runs below."""
-    runs = {}
+    logs, curves = [], []
     for folder in folders:
-        logs = sorted(Path(folder).rglob("log.csv"))
-        if not logs:
+        found = sorted(Path(folder).rglob("log.csv"))
+        if not found:
             raise UsageError(f"{folder} holds no log.csv: name folders written by train_cifar.py, "
                              "or a folder of such folders")
-        for log in logs:
-            rows, seconds = [], 0.0
-            try:
-                with open(log, newline="", encoding="utf-8") as file:
-                    for row in csv.DictReader(file):
-                        seconds += float(row["seconds"])
-                        rows.append((int(row["epoch"]), seconds, float(row["train_loss"]),
-                                     float(row["test_acc"])))
-            except (KeyError, TypeError, ValueError):
-                raise UsageError(f"{log} is not a log of train_cifar.py: it lacks a number in one "
-                                 "of the columns epoch, train_loss, test_acc, seconds")
-            runs[label_of(log.parent, folder)] = rows
-    return runs
+        logs += found
+    for log in logs:
+        try:
+            with open(log, newline="", encoding="utf-8") as file:
+                rows = [[float(row[name]) for name in ("seconds", "train_loss", "test_acc")]
+                        for row in csv.DictReader(file)]
+            seconds = list(itertools.accumulate(row[0] for row in rows))
+            curves.append([(i + 1, seconds[i], *row[1:]) for i, row in enumerate(rows)])
+        except (KeyError, TypeError, ValueError):
+            rows = []
+        if not rows:
+            raise UsageError(f"{log} is not a log of train_cifar.py: it lacks a number in one of "
+                             "the columns train_loss, test_acc, seconds")
+    return dict(zip(labels([log.parent for log in logs]), curves))
 
 
-def label_of(run, folder):
-    """The run's folder, below the parent of the one that was named."""
-    run, parent = run.resolve(), Path(folder).resolve().parent
-    return run.relative_to(parent).as_posix()
+def labels(runs):
+    """Each run's path below the folder that all have in common."""
+    paths = [Path(run).resolve() for run in runs]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -596,11 +603,10 @@ def publish(args, setup, when, caption, columns, rows, shown, size, draw):
     if setup is not None:
         config = setup.config
         name = "-".join([name, config["model"], config["optim"], config["dataset"]])
-        caption = f"{caption} ({config['model']} on {config['dataset']}{args.note and ', '}" \
-            f"{args.note}; {config['optim']}, {when}, seed {config['run']}.)"
-    elif args.note:
-        caption = f"{caption} ({args.note}.)"
-    folder.mkdir(parents=True, exist_ok=True)
+        caption = f"{caption.rstrip('.')} ({config['model']} on {config['dataset']}, " \
+            f"{config['optim']}, {when}, seed {config['run']})."
+    if args.note:
+        caption = f"{caption.rstrip('.')} ({args.note})."
     write_csv(folder / f"{name}.csv", caption, args, columns, rows)
     if shown:
         print_table(columns, shown)
@@ -716,9 +722,9 @@ def draw_effect(picture, rows, last, losses):
         ratios.plot(steps, ratio, ".-", color=colour, label=name)
         ratios.axhline(sum(ratio) / len(ratio), color=colour, ls=":", lw=1)
     cosines.axhline(1, color="k", ls=":", lw=1, label="placebo")
-    finish(cosines, "step", "cosine of update and plain momentum")
+    finish(cosines, "step", "cosine with plain momentum")
     ratios.set_yscale("log")
-    finish(ratios, "step", "length of update / of plain momentum\n(dotted: the placebo's)")
+    finish(ratios, "step", "length / plain momentum's\n(dotted: placebo)")
     for (name, values), style in zip(losses.items(), ("-", "--")):
         means = [sum(values[max(0, i - 9):i + 1]) / min(10, i + 1) for i in range(len(values))]
         loss.plot(range(1, len(means) + 1), means, style, label=name)
@@ -728,7 +734,7 @@ def draw_effect(picture, rows, last, losses):
              (bound, "_", "at least, while B stands still"))
     ranges.vlines(range(len(last)), low, high, lw=3, label="multiplier")
     ranges.set_yscale("log")
-    by_layer(ranges, names, "eigenvalues of B, smallest to largest",
+    by_layer(ranges, names, "eigenvalues of B, range",
              (constant, "kx", "placebo's constant"))
     damping.set_yscale("log")
     damping.axhline(1, color="k", ls=":", lw=1)
@@ -852,8 +858,8 @@ def convergence(args):
     def draw(picture):
         axis = picture.subplots()
         for method in grams:
-            axis.semilogy(*columns_of([row for row in rows if row[0] == method], 1)[:2], "o-",
-                          ms=4, label=method)
+            steps, factor, *_ = columns_of([row for row in rows if row[0] == method], 1)
+            axis.semilogy(steps, [c or math.nan for c in factor], "o-", ms=4, label=method)
         finish(axis, "steps of training", "convergence factor λ_min/λ_max")
     publish(args, setup, f"{len(y)} images", """Convergence factor of each method along one run: of
         the slowest component of a least-squares problem on the linearised network, a step leaves
@@ -872,17 +878,15 @@ def curves(args):
     rows = [(label, *row) for label, points in runs.items() for row in points]
 
     def draw(picture):
-        from matplotlib.ticker import LogFormatter, MaxNLocator
         axes = picture.subplots(2, 2, sharey="row", sharex="col")
         for label, points in runs.items():
             epoch, seconds, *values = columns_of(points, 0)
             for line, y in zip(axes, values):
                 for axis, x in zip(line, (epoch, seconds)):
-                    axis.plot(x, y, ".-", label=label)
-        axes[0, 0].set_yscale("log")
-        axes[0, 0].yaxis.set_major_formatter(LogFormatter())
-        axes[0, 0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        axes[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+                    axis.plot(x, y, ".-", label=label if axis is axes[1, 1] else None)
+        losses = [row[3] for row in rows]
+        axes[0, 0].set_yscale("log" if max(losses) > 10 * min(losses) else "linear")
+        axes[1, 0].xaxis.get_major_locator().set_params(integer=True)
         for line, ylabel in zip(axes, ("training loss", "test accuracy, %")):
             for axis, xlabel in zip(line, ("epoch", "seconds of training")):
                 finish(axis, xlabel, ylabel)
@@ -1062,7 +1066,8 @@ def landscape(args):
     path, caption = publish(args, setup, f"{len(points)} iterates", f"""Paths of
         {', '.join(paths)} {'(straight from start to end)' if args.runs else 'from one start'},
         projected to the plane of the iterates' two leading principal directions (not normalised by
-        filter), and there the loss on {sum(len(y) for _, y in batches)} training images.""",
+        filter), on the loss in that plane over {sum(len(y) for _, y in batches)} training images,
+        which off the plane, at the iterates themselves, is another.""",
         ("path", "when", "direction_1", "direction_2", "loss", "loss_in_plane"), rows,
         [row for row, after in zip(rows, [*rows[1:], ("",)]) if row[0] != after[0]], (8, 6.5), draw)
     write_csv(path.with_name(f"{path.name}-surface.csv"), caption, args,
@@ -1083,7 +1088,7 @@ def trained_paths(args):
 
 def run_ends(args):
     """{run: [(0, its start), (epoch, its end)]}, and a Setup for the surface."""
-    paths, common = {}, None
+    paths, common = [], None
     for folder in args.runs:
         config, saved = read_run(folder)
         what = config["model"], config["dataset"]
@@ -1095,8 +1100,8 @@ def run_ends(args):
         net, optimizer = build(config, data)
         start = flat(net)
         net.load_state_dict(saved["model"])
-        paths[label_of(Path(folder), folder)] = [(0, start), (saved["epoch"], flat(net))]
-    return paths, Setup(data, config | dict(optim="runs"), net, optimizer)
+        paths.append([(0, start), (saved["epoch"], flat(net))])
+    return dict(zip(labels(args.runs), paths)), Setup(data, config | dict(optim="runs"), net, optimizer)
 
 
 def nystrom(args):
@@ -1194,14 +1199,14 @@ FIGURES = {
     "mean": (mean, PROBED),
     "attention": (attention, PROBED | dict(model="deit_tiny_cifar", optim="adamw", steps=40,
                                            batch_size=32, images=128)),
-    "convergence": (convergence, TRAINED | dict(model="lenet5", steps=240, images=256, samples=64)),
+    "convergence": (convergence, TRAINED | dict(model="lenet5", lr=0.01, steps=240, images=256,
+                                                samples=64)),
     "gershgorin": (gershgorin, PROBED | dict(layer=None)),
     "perturb": (perturb, PROBED | dict(layer=None, noise=1e-3)),
     "fourier": (fourier, PROBED | dict(layer=None, noise=1e-3)),
     "curves": (curves, dict(runs="+")),
     "landscape": (landscape, TRAINED | dict(
-        model="lenet5", optim=["sgd", "mac", "foof", "kfac", "adamw"], steps=240, images=256,
-        grid=25, runs="*")),
+        model="lenet5", optim=["sgd", "mac", "kfac"], steps=240, images=256, grid=25, runs="*")),
     "nystrom": (nystrom, dict(model="resnet20", steps=100, batch_size=128)),
 }
 
@@ -1267,7 +1272,9 @@ def add_flags(figure, defaults):
 
     def optimizer_flag(group, name, *alias, help, default=None, **kwargs):
         if name != "calibrate":                      # a pass over all data, in MAC's first layer
-            group.add_argument(f"--{name}", *alias, dest=name, help=help, default=None, **kwargs)
+            given = defaults.get(name)
+            group.add_argument(f"--{name}", *alias, dest=name, default=given, help=help if given
+                               is None else f"{help} (default {given})", **kwargs)
     add_optimizer_flags(optimizer_flag, figure.add_argument_group(
         "optimizer (what is not given is as published)"))
 
@@ -1276,6 +1283,10 @@ def main(argv):
     """Run the command; its exit status."""
     try:
         args = parse(argv)
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}")
         args.make(args)
         return 0
     except KeyboardInterrupt:
