@@ -495,6 +495,12 @@ class AdaFisher(torch.optim.Optimizer):
         for state in self.state.values():
             state["step"] = self.steps
 
+    @property
+    def collecting(self):
+        """Will the coming forward pass feed statistics? Then their hooks break a compiled graph:
+        call the plain model, and the compiled one otherwise."""
+        return any(layer.on for layer in self.layers.values())
+
     def grouped(self):
         """(layer, its group), in an order that is the same on all ranks."""
         return [(self.layers[p], group) for group in self.param_groups for p in group["params"]

@@ -1,28 +1,103 @@
-"""What a step of each optimizer costs, as a ratio to SGD's, on this machine.
+"""What a step of each optimizer costs in time and memory, as a ratio to SGD's, on this machine.
 
-    python bench.py                                   # all of them, ResNet-20, batch 128: minutes
-    python bench.py --optim mac foof --cycles 3       # three cycles of tinv steps, and spread
-    python bench.py --optim adafisher --tcov 10       # other periods than the published ones
-    python bench.py --model deit_tiny_cifar --tinv 5
+    python bench.py                                   # ResNet-20, batch 128: some two minutes
+    python bench.py --optim mac foof --cycles 3       # three cycles of tinv steps, and their spread
+    python bench.py --model deit_tiny_cifar --tinv 5 --csv deit.csv
+    python bench.py --device cuda --amp --channels_last --model resnet50_cifar --cycles 5
+    python bench.py --scaling                         # how one layer's cost grows: three minutes
 
 All optimizers train copies of one network on the same random images, in turn, step by step, in one
 process, so that whatever else the machine does meets all of them alike. A cycle is as many steps
 as the longest of their periods tcov and tinv: it holds every cost in its right proportion. The
-figures are CPU seconds of one thread; on a GPU, seconds between two synchronisations. State is
-counted in numbers per parameter, SGD's momentum included.
+figures are CPU seconds of one thread; on a GPU, milliseconds between events on its stream.
+
+    statistics       in the hooks and at the beginning of step()
+    factorisation    bringing what is applied up to date
+    application      all else in step(): preconditioning and the momentum step
+    state            numbers kept per parameter, SGD's momentum included
+    peak             most bytes allocated in a step in which everything is due, beyond SGD's
 """
 import argparse
+import contextlib
 import copy
+import csv
+import importlib
+import itertools
+import math
 import statistics
 import sys
 import time
+from collections import defaultdict
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import CIFAR_MODELS
 from train_cifar import COUNT, FILES, RECIPES, UsageError, optimizer_class
+
+PARTS = ("statistics", "factorisation", "application")
+# What is timed beside step(), where a file of an optimizer has it: owner, name, part.
+WATCHED = (("Hook", "record", "statistics"), (None, "output_gram", "statistics"),
+           (None, "output_squares", "statistics"), ("class", "update_statistics", "statistics"),
+           ("class", "refresh", "factorisation"))
+
+
+class Clock:
+    """Adds up the time of nested spans, each without the spans inside it."""
+
+    def __init__(self, device):
+        self.cuda, self.spans, self.open, self.optim = device == "cuda", [], [], None
+
+    def now(self):
+        if not self.cuda:
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def span(self, part):
+        outer = self.open[-1] if self.open else None
+        self.open.append(part)
+        start = self.now()
+        yield
+        self.spans.append((self.optim, part, outer, start, self.now()))
+        self.open.pop()
+
+    def watch(self, owner, name, part):
+        """Time every call of owner.name as this part."""
+        call = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            with self.span(part):
+                return call(*args, **kwargs)
+        setattr(owner, name, timed)
+
+    def read(self):
+        """{optimizer: {part: seconds since the last reading}}."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = defaultdict(lambda: defaultdict(float))
+        for optim, part, outer, start, end in self.spans:
+            span = start.elapsed_time(end) / 1e3 if self.cuda else end - start
+            seconds[optim][part] += span
+            seconds[optim][outer] -= span
+        self.spans.clear()
+        for parts in seconds.values():
+            del parts[None]          # what was taken off outside all spans
+        return seconds
+
+
+def watch_all(clock, optims):
+    """Let the clock see the parts of these optimizers' steps."""
+    for file, optim in {FILES[optim]: optim for optim in optims if optim in FILES}.items():
+        module = importlib.import_module(file)
+        owners = {None: module, "Hook": module.Hook, "class": optimizer_class(optim)}
+        for owner, name, part in WATCHED:
+            if hasattr(owners[owner], name):
+                clock.watch(owners[owner], name, part)
 
 
 def make(optim, net, args):
@@ -35,49 +110,183 @@ def make(optim, net, args):
     return optimizer_class(optim)(net if optim in FILES else net.parameters(), **flags)
 
 
-def seconds(net, optimizer, x, y):
-    """Time of one training step."""
-    cuda = x.is_cuda
-    if cuda:
-        torch.cuda.synchronize()
-    clock = time.perf_counter if cuda else time.process_time
-    start = clock()
-    optimizer.zero_grad()
-    F.cross_entropy(net(x), y).backward()
-    optimizer.step()
-    if cuda:
-        torch.cuda.synchronize()
-    return clock() - start
+def train_step(clock, net, optimizer, loss_of):
+    with clock.span("forward and backward"):
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        with clock.span("application"):
+            optimizer.step()
 
 
-def measure(args):
-    """{optimizer: seconds per step in each cycle}, {optimizer: state per parameter}."""
-    torch.manual_seed(0)
-    net = CIFAR_MODELS[args.model]().to(args.device)
-    nets = {optim: copy.deepcopy(net) for optim in args.optim}
-    optimizers = {optim: make(optim, nets[optim], args) for optim in args.optim}
-    x = torch.randn(4, args.batch_size, 3, 32, 32, device=args.device)
-    y = torch.randint(10, (4, args.batch_size), device=args.device)
-    for optim in args.optim:               # memory is taken and kernels are chosen in a first step
-        seconds(nets[optim], optimizers[optim], x[0], y[0])
+def measure(clock, nets, optimizers, losses, cycles):
+    """[{optimizer: {part: seconds per step}}], one for each cycle."""
+    for clock.optim in nets:         # memory is taken and kernels are chosen in a first step
+        train_step(clock, nets[clock.optim], optimizers[clock.optim], losses[0])
+    clock.read()
     cycle = max(max(group.get("tcov", 1), group.get("tinv", 1))
                 for o in optimizers.values() for group in o.param_groups)
-    times = {optim: [] for optim in args.optim}
-    for _ in range(args.cycles):
-        total = dict.fromkeys(args.optim, 0.0)
-        for step in tqdm(range(cycle), "steps", disable=None, leave=False):
-            order = args.optim if step % 2 else args.optim[::-1]
-            for optim in order:
-                total[optim] += seconds(nets[optim], optimizers[optim], x[step % 4], y[step % 4])
+    results, names = [], list(nets)
+    for _ in range(cycles):
+        for step in tqdm(range(cycle), f"cycle of {cycle} steps", disable=None, leave=False):
+            for clock.optim in names if step % 2 else names[::-1]:
+                train_step(clock, nets[clock.optim], optimizers[clock.optim],
+                           losses[step % len(losses)])
+        results.append({optim: {part: s / cycle for part, s in parts.items()}
+                        for optim, parts in clock.read().items()})
+    return cycle, results
+
+
+def peak_bytes(step, device):
+    """Most bytes that step() holds at a time beyond those before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        step()
+    # every allocation is an event with its bytes, every release one with minus its bytes
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
+
+
+def bench_network(args):
+    """Rows of the table: one dict per optimizer."""
+    torch.manual_seed(0)
+    net = CIFAR_MODELS[args.model]().to(args.device)
+    if args.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    clock = Clock(args.device)
+    watch_all(clock, args.optim)             # before the optimizers take hold of what it times
+    nets = {optim: copy.deepcopy(net) for optim in args.optim}
+    optimizers = {optim: make(optim, nets[optim], args) for optim in args.optim}
+    batches = [(torch.randn(args.batch_size, 3, 32, 32, device=args.device),
+                torch.randint(10, (args.batch_size,), device=args.device)) for _ in range(4)]
+
+    def loss(net, x, y):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            return F.cross_entropy(net(x).float(), y)
+    losses = [lambda net, x=x, y=y: loss(net, x, y) for x, y in batches]
+    cycle, results = measure(clock, nets, optimizers, losses, args.cycles)
+    rows = []
+    for clock.optim, optimizer in optimizers.items():
+        rows.append(row_of(clock.optim, results, args.optim[0]))
+        if clock.optim in FILES:
+            optimizer.steps = 0          # a multiple of all periods
+            optimizer.begin_step()
+        rows[-1]["state"] = state_numbers(optimizer) / sum(p.numel() for p in net.parameters())
+        rows[-1]["peak"] = peak_bytes(lambda: train_step(clock, nets[clock.optim], optimizer,
+                                                         losses[0]), args.device)
+    for row in rows[::-1]:
+        row["peak"] = (row["peak"] - rows[0]["peak"]) / 2 ** 20
+    print(f"{args.model}, batch {args.batch_size}, {args.device}, torch {torch.__version__}, "
+          f"{args.cycles} cycles of {cycle} steps; all times as ratios to SGD's step")
+    return rows
+
+
+def row_of(optim, results, baseline):
+    """Medians over the cycles, as ratios to the whole step of the baseline."""
+    steps = [sum(result[optim].values()) for result in results]
+    whole = [sum(result[baseline].values()) for result in results]
+    ratios = [a / b for a, b in zip(steps, whole)]
+    return dict(optimizer=optim, seconds=statistics.median(steps), step=statistics.median(ratios),
+                least=min(ratios), most=max(ratios)) | {
+        part: statistics.median(result[optim].get(part, 0) / b for result, b in zip(results, whole))
+        for part in PARTS}
+
+
+def state_numbers(optimizer):
+    return sum(v.numel() for s in optimizer.state.values() for v in s.values()
+               if torch.is_tensor(v) and v.dim())
+
+
+def bench_scaling(args):
+    """Rows of the table: one dict per optimizer, layer and size, then one with the exponents.
+
+    One layer, its input and the gradient of its output given; the step in which all is due.
+    """
+    def linear(d):
+        return nn.Linear(d, d, bias=False), torch.randn(256, d)
+
+    def channels(c):
+        return nn.Conv2d(c, c, 3, padding=1, bias=False), torch.randn(16, c, 16, 16)
+
+    def resolution(size):
+        return nn.Conv2d(32, 32, 3, padding=1, bias=False), torch.randn(16, 32, size, size)
+    rows = []
+    clock = Clock(args.device)
+    watch_all(clock, args.optim)
+    for what, build, sizes in (("linear, d to d", linear, (256, 512, 1024, 2048, 4096)),
+                               ("3×3 conv, channels", channels, (16, 32, 64, 128, 256)),
+                               ("3×3 conv, image side", resolution, (8, 16, 32, 64, 128))):
+        found = []
+        for size in tqdm(sizes, what, disable=None, leave=False):
+            torch.manual_seed(0)
+            layer, x = (part.to(args.device) for part in build(size))
+            found.append(one_layer(clock, layer, x, args))
         for optim in args.optim:
-            times[optim].append(total[optim] / cycle)
-    parameters = sum(p.numel() for p in net.parameters())
-    state = {optim: sum(v.numel() for s in optimizers[optim].state.values() for v in s.values()
-                        if torch.is_tensor(v) and v.dim()) / parameters for optim in args.optim}
-    return cycle, times, state
+            rows += [dict(optimizer=optim, layer=what, size=size) | parts[optim]
+                     for size, parts in zip(sizes, found)]
+            rows.append(dict(optimizer=optim, layer=what, size="exponent") | {
+                part: exponent(sizes[2:], [parts[optim][part] for parts in found[2:]])
+                for part in PARTS})
+    return rows
 
 
-def main():
+def one_layer(clock, layer, x, args, repeats=3):
+    """{optimizer: {part: median seconds of a step in which all is due}}."""
+    medians = {}
+    for clock.optim in args.optim:
+        net = copy.deepcopy(layer)
+        optimizer, seconds = make(clock.optim, net, args), []
+        for _ in range(1 + repeats):          # the first takes memory and chooses kernels
+            if clock.optim in FILES:
+                optimizer.steps = 0
+                optimizer.begin_step()
+            train_step(clock, net, optimizer, lambda net: net(x).square().mean())
+            seconds.append(clock.read()[clock.optim])
+        medians[clock.optim] = {part: statistics.median(s[part] for s in seconds[1:])
+                                for part in PARTS}
+    return medians
+
+
+def exponent(sizes, seconds):
+    """The slope of log(seconds) over log(size) by least squares; nan where nothing was measured."""
+    if min(seconds) <= 0:
+        return math.nan
+    return statistics.linear_regression([math.log(s) for s in sizes],
+                                        [math.log(t) for t in seconds]).slope
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables and the command line
+# ---------------------------------------------------------------------------------------------
+
+def show_network(rows):
+    print("optimizer   s/step    step (least to most)  statistics  factorisation  application  "
+          "state  peak, MiB")
+    for row in rows:
+        print(f"{row['optimizer']:<10} {row['seconds']:7.4f}  {row['step']:6.3f} "
+              f"({row['least']:.3f} to {row['most']:.3f})  {row['statistics']:10.4f}  "
+              f"{row['factorisation']:13.4f}  {row['application']:11.4f}  {row['state']:5.2f}  "
+              f"{row['peak']:9.1f}")
+
+
+def show_scaling(rows):
+    print("milliseconds of the step in which all is due, and the exponent of their growth with the "
+          "size,\nfitted to the three largest\noptimizer   layer                     size  "
+          "statistics  factorisation  application")
+    for row in rows:
+        unit = 1 if row["size"] == "exponent" else 1e3
+        print(f"{row['optimizer']:<10}  {row['layer']:<21} {row['size']:>8}"
+              + "".join(f"{unit * row[part]:{width}.2f}" for part, width
+                        in zip(PARTS, (12, 15, 13))))
+
+
+def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optim", nargs="+", choices=list(RECIPES), metavar="NAME",
@@ -91,24 +300,31 @@ def main():
     parser.add_argument("--tinv", type=COUNT, help="likewise")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
                         help="default %(default)s")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--channels_last", action="store_true", help="NHWC memory format")
+    parser.add_argument("--scaling", action="store_true",
+                        help="one layer of growing size in place of a network")
+    parser.add_argument("--csv", metavar="FILE", help="write the table to this file too")
     args = parser.parse_args()
     args.optim = ["sgd", *(optim for optim in dict.fromkeys(args.optim) if optim != "sgd")]
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds none here; --device cpu works")
+    return parser, args
+
+
+def main():
+    parser, args = parse()
     torch.set_num_threads(1)
     try:
-        cycle, times, state = measure(args)
-    except (UsageError, ValueError) as error:
+        rows = bench_scaling(args) if args.scaling else bench_network(args)
+        (show_scaling if args.scaling else show_network)(rows)
+        if args.csv:
+            with open(args.csv, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+    except (UsageError, ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{args.model}, batch {args.batch_size}, {args.device}, torch {torch.__version__}, "
-          f"{args.cycles} cycles of {cycle} steps\n"
-          "optimizer    seconds/step   ratio to SGD: median (smallest to largest)   "
-          "state/parameters")
-    for optim, values in times.items():
-        ratios = [value / sgd for value, sgd in zip(values, times["sgd"])]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        print(f"{optim:<12} {statistics.median(values):12.4f}   {spread:<42}   "
-              f"{state[optim]:16.3f}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     (3)  G̃ = G (A + ρI)⁻¹                    its solution
     (4)  A ← A + w (A_batch − A),  w = (1 − β)/(1 − βᵏ)       bias-corrected moving average
     (5)  convolution: A[(c,i), (c',j)] = Σ_q x_c(q) x_c'(q+j−i) − border          no patch is formed
-    (6)  A + ρI = L Lᵀ,  G̃ᵀ = L⁻ᵀ L⁻¹ Gᵀ      factored every tinv steps, solved with every step
+    (6)  A + ρI = L Lᵀ,  G̃ = G L⁻ᵀ L⁻¹        factored every tinv steps, solved with every step
     (7)  M ← μM + (G̃ + wd·W),  W ← W − ηM                     torch's momentum SGD
 
 WHY (2). Let s = W a be a layer's outputs ("neurons") for its R input rows a, as if each row had a
@@ -83,7 +83,7 @@ CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of patches or f
 # ---------------------------------------------------------------------------------------------
 
 def precondition(grad, bias_grad, factor):
-    """(3), (6)  G̃ = G (A + ρI)⁻¹ = (L⁻ᵀ L⁻¹ Gᵀ)ᵀ with factor = L (blocks, d, d), A + ρI = L Lᵀ.
+    """(3), (6)  G̃ = G (A + ρI)⁻¹ = G L⁻ᵀ L⁻¹ with factor = L (blocks, d, d), A + ρI = L Lᵀ.
 
     grad (out, ...) and bias_grad (out,) or None are split into the blocks of factor; each block of
     rows has its own A. G̃ keeps the memory layout (channels_last or not) of grad.
@@ -92,10 +92,16 @@ def precondition(grad, bias_grad, factor):
     G = grad.reshape(blocks, len(grad) // blocks, -1)         # (blocks, out/blocks, d)
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
-    G = torch.cholesky_solve(G.mT, factor).mT
+    G = solve_right(G, factor)
     new_bias = None if bias_grad is None else G[:, :, -1].flatten()
     G = G if bias_grad is None else G[:, :, :-1]
     return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
+
+
+def solve_right(G, L):
+    """G (L Lᵀ)⁻¹ (..., out, d): Y Lᵀ = G, then Z L = Y; from the left, G would be transposed."""
+    Y = torch.linalg.solve_triangular(L.mT, G, upper=True, left=False)
+    return torch.linalg.solve_triangular(L, Y, upper=False, left=False)
 
 
 def damped_cholesky(A, damping):
@@ -143,11 +149,24 @@ def triangle(d, device):
     return i * d + j
 
 
+def gram(a):
+    """a aᵀ for a (..., d, n), its lower triangle: zero or unfinished above.
+
+    In strips of 128 rows, each with the columns that its triangle needs: at d = 768 three fifths of
+    the whole product's work.
+    """
+    d = a.shape[-2]
+    A = a.new_zeros(*a.shape[:-1], d)
+    for i in range(0, d, 128):
+        A[..., i:i + 128, :i + 128] = a[..., i:i + 128, :] @ a[..., :i + 128, :].mT
+    return A
+
+
 def input_gram(x):
     """Σ [a; 1][a; 1]ᵀ over all leading dimensions of x (..., d), packed: (1, (d+1)(d+2)/2)."""
     a = x.reshape(-1, x.shape[-1])
     a = a.to(at_least_float32(a))
-    return bordered((a.mT @ a)[None], a.sum(0)[None], len(a))
+    return bordered(gram(a.mT[None]), a.sum(0)[None], len(a))
 
 
 def bordered(A, total, rows):
@@ -170,14 +189,14 @@ def patch_gram(x, conv):
     for part in x.split(chunk):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
         a = a.unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
-        total = total + a @ a.mT                                    # (groups, d, b·oH·oW) each
+        total = total + gram(a)                                     # (groups, d, b·oH·oW) each
     return total
 
 
 def pixel_gram(x, groups):
     """Σ a aᵀ over the pixels of x (B, C, H, W): (groups, C/groups, C/groups)."""
     a = x.transpose(0, 1).flatten(1).unflatten(0, (groups, -1))     # (groups, C/groups, B·H·W)
-    return a @ a.mT
+    return gram(a)
 
 
 def shift_gram(x, kh, kw, groups):
@@ -187,47 +206,52 @@ def shift_gram(x, kh, kw, groups):
     the sum over all q of the plane, substituting q for q + i − p would leave only the shift j − i:
         Σ_q a_(c,i)(q) a_(c',j)(q) = Σ_q x_c(q) x_c'(q + j − i) = R[c, c', j−i],
     (2k−1)² numbers for a pair of channels in place of k⁴; and R is the weight gradient of a
-    convolution of x with x. The sum is over q inside the image, though. Along one axis of n pixels
-        Σ_{0 ≤ q < n} = Σ_q − Σ_{q < 0} − Σ_{q ≥ n},
-    and along two axes the product of that, nine terms. Positions q < 0 see the image with their
-    last p taps only, and only its first p pixels; positions q ≥ n with their first p. So these
-    two sums are over p positions, each with a patch of p taps formed along this axis, which then
-    count as channels. For 3×3, p = 1: the image's first or last row or column, and the corners.
+    convolution of x with x. The sum is over q inside the image, though: what lies outside is taken
+    off again, first the rows above and below it (and, of these, the columns inside the image), then
+    the columns to its left and right. There a patch sees the image with p of its k taps along this
+    axis, and only its p outermost pixels, so these patches are few, and are formed.
     """
-    C, c = x.shape[1], x.shape[1] // groups
-    A = x.new_zeros(C, kh, kw, c, kh, kw)
-    for rows, sign_y, i, *y in axis_terms(x, 2, kh):
-        for part, sign_x, j, *across in axis_terms(rows, 3, kw):
-            A[:, i, j, :, i, j] += sign_y * sign_x * shifted_products(part, groups, *y, *across)
-    return A.view(groups, c * kh * kw, c * kh * kw)
+    B, C, H, W = x.shape
+    A = x.new_zeros(C, kh, kw, C // groups, kh, kw)
+    for i in range(0, C, 16 if groups == 1 else C):    # as in gram(), the lower triangle only
+        part = x[:, :i + 16] if groups == 1 else x
+        add_shifts(A[i:i + 16, :, :, :i + 16] if groups == 1 else A, part, part[:, i:], groups)
+    for u, taps in edges(x, 2, kh):
+        u = F.pad(u, (0, 0, kw // 2, kw // 2)).unfold(3, kw, 1)            # (B, C, p, W, p, kw)
+        A[:, taps, :, :, taps] -= formed_gram(u, groups)
+    for u, taps in edges(x, 3, kw):
+        u = F.pad(u, (0, 0, 0, 0, kh - 1, kh - 1)).unfold(2, kh, 1)        # (B, C, H+2p, p, p, kh)
+        A[:, :, taps, :, :, taps] -= formed_gram(u.transpose(4, 5), groups)
+    return A.view(groups, -1, C // groups * kh * kw)
 
 
-def axis_terms(x, dim, k):
-    """The three sums of (5) along one axis: (image, sign, its taps, taps formed, taps to shift)."""
+def add_shifts(A, x, y, groups):
+    """A += R[c, c', j−i] for c in y, c' in x, and all taps i, j: A (C_y, kh, kw, c', kh, kw)."""
+    kh, kw = A.shape[1:3]
+    R = conv2d_weight(x, (len(A), A.shape[3], 2 * kh - 1, 2 * kw - 1), y,
+                      padding=(kh - 1, kw - 1), groups=groups)
+    # for tap i, the shifts j − i for j = 0 ... k − 1 are a window that begins at −i
+    T = R.unfold(2, kh, 1).unfold(3, kw, 1).flip(2, 3)              # (c, c', i_y, i_x, j_y, j_x)
+    A += T.permute(0, 2, 3, 1, 4, 5)
+
+
+def edges(x, dim, k):
+    """The patches outside the image at its two ends along one axis: (…, their p taps), which taps.
+
+    x (B, C, H, W) has this axis replaced by p positions, and gains one of p taps.
+    """
     p, n = k // 2, x.shape[dim]
-    yield x, 1, slice(0, k), 1, k
     if p:
         zeros = torch.zeros_like(x.narrow(dim, 0, p - 1))
-        for edge, taps in (((zeros, x.narrow(dim, 0, p)), slice(p + 1, k)),          # q < 0
-                           ((x.narrow(dim, n - p, p), zeros), slice(0, p))):         # q ≥ n
-            yield torch.cat(edge, dim).unfold(dim, p, 1), -1, taps, p, 1
+        yield torch.cat((zeros, x.narrow(dim, 0, p)), dim).unfold(dim, p, 1), slice(p + 1, k)
+        yield torch.cat((x.narrow(dim, n - p, p), zeros), dim).unfold(dim, p, 1), slice(0, p)
 
 
-def shifted_products(u, groups, my, ky, mx, kx):
-    """Σ_q u_c(q) u_c'(q + j − i) for all taps: (C, my·ky, mx·kx, C/groups, my·ky, mx·kx).
-
-    u (B, C, h, w), and after it the my and mx taps that are formed where these are not 1; along
-    each axis either the taps are formed (m of them, k = 1) or they are shifts (m = 1).
-    """
-    C, c = u.shape[1], u.shape[1] // groups
-    u = u.flatten(4).movedim(4, 2).flatten(1, 2) if u.dim() > 4 else u         # (B, C·my·mx, h, w)
-    R = conv2d_weight(u, (C * my * mx, c * my * mx, 2 * ky - 1, 2 * kx - 1), u,
-                      padding=(ky - 1, kx - 1), groups=groups)
-    R = R.view(C, my, mx, c, my, mx, 2 * ky - 1, 2 * kx - 1)
-    # for tap i, the shifts j − i for j = 0 ... k − 1 are a window that begins at −i
-    T = R.unfold(6, ky, 1).unfold(7, kx, 1).flip(6, 7)              # (..., i_y, i_x, j_y, j_x)
-    T = T.permute(0, 1, 6, 2, 7, 3, 4, 8, 5, 9)
-    return T.reshape(C, my * ky, mx * kx, c, my * ky, mx * kx)
+def formed_gram(u, groups):
+    """Σ a aᵀ of patches u (B, C, h, w, taps, taps): (C, taps, taps, C/groups, taps, taps)."""
+    a = u.permute(1, 4, 5, 0, 2, 3).reshape(groups, -1, len(u) * u.shape[2] * u.shape[3])
+    taps = u.shape[4:]
+    return gram(a).view(-1, *taps, u.shape[1] // groups, *taps)
 
 
 def patch_sum(x, conv):
@@ -554,6 +578,12 @@ class FOOF(torch.optim.SGD):
             layer.on = self.steps % group["tcov"] == 0
             if layer.weight in self.state and "updates" in self.state[layer.weight]:
                 self.state[layer.weight]["step"] = self.steps
+
+    @property
+    def collecting(self):
+        """Will the coming forward pass feed statistics? Then their hooks break a compiled graph:
+        call the plain model, and the compiled one otherwise."""
+        return any(layer.on for layer in self.layers.values())
 
     def grouped(self):
         """(layer, its group), in an order that is the same on all ranks."""

@@ -105,15 +105,21 @@ def precondition(grad, bias_grad, mean, damping):
 
 
 def precondition_first(grad, bias_grad, factor, damping):
-    """(5)  G̃ = ρ G (A₁ + ρI)⁻¹ = ρ (L⁻ᵀ L⁻¹ Gᵀ)ᵀ, factor = L (blocks, d, d), A₁ + ρI = L Lᵀ."""
+    """(5)  G̃ = ρ G (A₁ + ρI)⁻¹ = ρ G L⁻ᵀ L⁻¹, factor = L (blocks, d, d), A₁ + ρI = L Lᵀ."""
     blocks = len(factor)
     G = grad.reshape(blocks, len(grad) // blocks, -1)         # (blocks, out/blocks, d)
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
-    G = damping * torch.cholesky_solve(G.mT, factor).mT
+    G = damping * solve_right(G, factor)
     new_bias = None if bias_grad is None else G[:, :, -1].flatten()
     G = G if bias_grad is None else G[:, :, :-1]
     return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
+
+
+def solve_right(G, L):
+    """G (L Lᵀ)⁻¹ (..., out, d): Y Lᵀ = G, then Z L = Y; from the left, G would be transposed."""
+    Y = torch.linalg.solve_triangular(L.mT, G, upper=True, left=False)
+    return torch.linalg.solve_triangular(L, Y, upper=False, left=False)
 
 
 def damped_cholesky(A, damping):
@@ -176,13 +182,14 @@ def pad(x, conv):
 def patch_gram(x, conv):
     """Σ [a; 1][a; 1]ᵀ over all patches of a convolution, in bounded chunks: (groups, d, d)."""
     patches = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
-    total, chunk = 0, max(1, CHUNK // max(1, patches))
+    A, rows, chunk = 0, 0, max(1, CHUNK // max(1, patches))
     for part in x.to(at_least_float32(x)).split(chunk):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
-        a = F.pad(a.unflatten(1, (conv.groups, -1)), (0, 0, 0, 1), value=1.0)
-        a = a.permute(1, 2, 0, 3).flatten(2)                        # (groups, d, b·oH·oW)
-        total = total + a @ a.mT
-    return total
+        a = a.unflatten(1, (conv.groups, -1))                       # (b, groups, d − 1, oH·oW)
+        A, rows = A + (a @ a.mT).sum(0), rows + len(a) * a.shape[-1]
+    A, sums = F.pad(A, (0, 1, 0, 1), value=float(rows)), patch_sum(x, conv)
+    A[:, -1, :-1], A[:, :-1, -1] = sums, sums
+    return A
 
 
 def attention_sum(q, k, scale, mask=None, causal=False, bias=None):
@@ -669,6 +676,12 @@ class MAC(torch.optim.SGD):
             layer.on = self.steps % group["tcov"] == 0 and not fixed
             if layer.weight in self.state and "updates" in self.state[layer.weight]:
                 self.state[layer.weight]["step"] = self.steps
+
+    @property
+    def collecting(self):
+        """Will the coming forward pass feed statistics? Then their hooks break a compiled graph:
+        call the plain model, and the compiled one otherwise."""
+        return any(layer.on for layer in self.layers.values())
 
     def grouped(self):
         """(layer, its group), in an order that is the same on all ranks."""

@@ -1,11 +1,11 @@
 """The networks of the papers' image experiments, one plain function each.
 
-Every function is called as `name(num_classes=10, in_channels=3, image_size=32)` and returns an
-ordinary nn.Module that maps images (B, C, H, W) to logits (B, num_classes). Tensors are NCHW
-throughout; the transformers work on tokens (B, T, D) in between.
+Every function returns an ordinary nn.Module that maps images (B, C, H, W) to logits
+(B, num_classes). Tensors are NCHW throughout; the transformers work on tokens (B, T, D) or maps of
+tokens (B, H, W, D) in between.
 
-CIFAR networks (32×32; all of them also take the 1×28×28 of Fashion-MNIST), parameters counted
-for 3 channels and 10 classes:
+CIFAR networks, `name(num_classes=10, in_channels=3, image_size=32)` (32×32; all of them also take
+the 1×28×28 of Fashion-MNIST), parameters counted for 3 channels and 10 classes:
 
     resnet20                 269,722    He et al. 2016, section 4.2 (arXiv 1512.03385):
     resnet32                 464,154      6n+2 layers of 16, 32, 64 channels,
@@ -23,10 +23,24 @@ for 3 channels and 10 classes:
     deit_tiny_cifar        5,362,762    Touvron et al. 2021 (arXiv 2012.12877): DeiT-Tiny on
                                           4×4 patches, no distillation token
 
-Parameter names are torchvision's for the ResNets and timm's for DeiT, so that state dicts of the
-same shapes can be exchanged. Within a module, what is created first is listed first by
-`parameters()`; test_math.py relies on that order, so do not reorder constructor lines lightly.
+ImageNet networks, `name(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0)`, parameters
+for 1000 classes. image_size None is 224; the ResNets take every size. drop is the dropout before
+the classifier, drop_path the stochastic depth of the last block (see DropPath):
+
+    resnet18, 34, 50         11,689,512   21,797,672   25,557,032   He et al. 2016, table 1
+    resnet101, 152           44,549,160   60,192,808
+    deit_{tiny,small,base}_patch16_224
+                              5,717,416   22,050,664   86,567,656   Touvron et al. 2021
+    swin_tiny_patch4_window7_224          28,288,354                Liu et al. 2021
+                                                                      (arXiv 2103.14030)
+
+Parameter names are torchvision's for the ResNets and timm's for DeiT and Swin, so that state dicts
+of the same shapes can be exchanged; `load_pretrained` reads the published files. Within a module,
+what is created first is listed first by `parameters()`; test_math.py relies on that order, so do
+not reorder constructor lines lightly.
 """
+
+import re
 
 import torch
 import torch.nn as nn
@@ -39,6 +53,31 @@ def conv(in_planes, planes, kernel, stride=1):
     No bias: a batch norm further on would subtract it again.
     """
     return nn.Conv2d(in_planes, planes, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth of a residual branch, Huang et al. 2016 (arXiv 1603.09382), per sample.
+
+    In training mode a sample's branch becomes 0 with probability `rate`; what is kept is divided by
+    1 − rate, so that the expectation does not change.
+    """
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+
+def drop_rates(last, blocks):
+    """The drop-path rate of each block, from 0 for the first linearly to `last` for the last."""
+    if not 0 <= last < 1:
+        raise ValueError(f"drop_path must be at least 0 and below 1, not {last}.")
+    return [last * i / max(1, blocks - 1) for i in range(blocks)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -66,25 +105,26 @@ class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut around them."""
     expansion = 1
 
-    def __init__(self, in_planes, planes, stride, downsample):
+    def __init__(self, in_planes, planes, stride, downsample, drop_path=0.0):
         super().__init__()
         self.conv1 = conv(in_planes, planes, 3, stride)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = conv(planes, planes, 3)
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = downsample  # None: the shortcut is the identity
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + shortcut)
+        return F.relu(self.drop_path(self.bn2(self.conv2(out))) + shortcut)
 
 
 class Bottleneck(nn.Module):
     """1×1 to fewer channels, 3×3, 1×1 back to four times as many, and a shortcut around them."""
     expansion = 4
 
-    def __init__(self, in_planes, planes, stride, downsample):
+    def __init__(self, in_planes, planes, stride, downsample, drop_path=0.0):
         super().__init__()
         self.conv1 = conv(in_planes, planes, 1)
         self.bn1 = nn.BatchNorm2d(planes)
@@ -95,23 +135,30 @@ class Bottleneck(nn.Module):
         self.conv3 = conv(planes, 4 * planes, 1)
         self.bn3 = nn.BatchNorm2d(4 * planes)
         self.downsample = downsample
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + shortcut)
+        return F.relu(self.drop_path(self.bn3(self.conv3(out))) + shortcut)
 
 
 class ResNet(nn.Module):
-    """Stem, stages layer1, layer2, ... that halve the map from the second on, mean, linear."""
+    """Stem, stages layer1, layer2, ... that halve the map from the second on, mean, linear.
 
-    def __init__(self, block, depths, widths, num_classes, in_channels, option_a=False):
+    large_images: the stem of the ImageNet networks, which makes the map four times smaller.
+    """
+
+    def __init__(self, block, depths, widths, num_classes, in_channels, option_a=False,
+                 large_images=False, drop=0.0, drop_path=0.0):
         super().__init__()
-        self.conv1 = conv(in_channels, widths[0], 3)
+        self.large_images = large_images
+        self.conv1 = (conv(in_channels, widths[0], 7, 2) if large_images
+                      else conv(in_channels, widths[0], 3))
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.stages = len(depths)
-        in_planes = widths[0]
+        in_planes, rates = widths[0], iter(drop_rates(drop_path, sum(depths)))
         for i, (depth, width) in enumerate(zip(depths, widths)):
             blocks = []
             for j in range(depth):
@@ -121,16 +168,19 @@ class ResNet(nn.Module):
                 if stride != 1 or in_planes != planes:
                     downsample = (PadShortcut(planes) if option_a
                                   else projection(in_planes, planes, stride))
-                blocks.append(block(in_planes, width, stride, downsample))
+                blocks.append(block(in_planes, width, stride, downsample, next(rates)))
                 in_planes = planes
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.drop = nn.Dropout(drop)
         self.fc = nn.Linear(in_planes, num_classes)
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
+        if self.large_images:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
         for i in range(self.stages):
             x = getattr(self, f"layer{i + 1}")(x)
-        return self.fc(x.mean((2, 3)))  # (B, planes, h, w) -> (B, planes) -> (B, classes)
+        return self.fc(self.drop(x.mean((2, 3))))  # (B, planes, h, w) -> (B, planes) -> logits
 
 
 def resnet_option_a(depth, num_classes, in_channels):
@@ -384,11 +434,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, attn_mask=None):
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, scale=self.scale)
         out = out.transpose(1, 2).reshape(B, T, D)  # the heads side by side again
         return self.proj(out)
 
@@ -408,31 +458,36 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)  # drawn anew for each of the two branches
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(nn.Module):
     """Patches and one class token through `depth` blocks; the class token is classified."""
 
-    def __init__(self, img_size, patch, dim, depth, heads, num_classes, in_channels):
+    def __init__(self, img_size, patch, dim, depth, heads, num_classes, in_channels,
+                 drop=0.0, drop_path=0.0):
         super().__init__()
         if img_size % patch:
             raise ValueError(f"Patches of {patch} pixels do not tile images of {img_size} pixels.")
+        self.img_size = img_size
         tokens = (img_size // patch) ** 2 + 1
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim))
         self.patch_embed = PatchEmbed(patch, dim, in_channels)
-        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Block(dim, heads, rate) for rate in drop_rates(drop_path, depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.drop = nn.Dropout(drop)
         self.head = nn.Linear(dim, num_classes)
 
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -443,14 +498,325 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, x):
+        check_size(x, self.img_size)
         x = self.patch_embed(x)  # (B, T-1, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, T, D)
         x = self.blocks(x + self.pos_embed)
-        return self.head(self.norm(x)[:, 0])
+        return self.head(self.drop(self.norm(x)[:, 0]))
+
+
+def check_size(x, img_size):
+    """Raise ValueError for images of another size than the transformer was built for."""
+    if x.shape[-2:] != (img_size, img_size):
+        raise ValueError(f"This network was built for images of {img_size}×{img_size} pixels, "
+                         f"not {x.shape[-2]}×{x.shape[-1]}.")
 
 
 def deit_tiny_cifar(num_classes=10, in_channels=3, image_size=32):
     return VisionTransformer(image_size, 4, 192, 12, 3, num_classes, in_channels)
+
+
+# ---------------------------------------------------------------------------------------------
+# Swin
+# ---------------------------------------------------------------------------------------------
+
+def split_windows(x, window):
+    """A map (B, H, W, C) as (B·windows, window², C), images slowest, everything row by row."""
+    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # (B, H/w, w, W/w, w, C)
+    return x.transpose(2, 3).reshape(-1, window ** 2, x.shape[-1])
+
+
+def join_windows(x, window, height, width):
+    """The inverse of split_windows: (B·windows, window², C) as a map (B, height, width, C)."""
+    x = x.reshape(-1, height // window, width // window, window, window, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
+
+
+def shift_mask(side, window, shift):
+    """What shifted windows add to their attention scores: (windows, window², window²), 0 or −100.
+
+    A map that was rolled by −shift has its former first rows and columns at its end. There they
+    share windows with pixels that are no neighbours of theirs, and must not attend to them.
+    """
+    t = torch.arange(side)
+    band = (t >= side - window).int() + (t >= side - shift).int()  # 0, 1, 2 along one side
+    region = (3 * band[:, None] + band)[None, :, :, None]          # (1, side, side, 1)
+    region = split_windows(region, window).squeeze(2)              # (windows, window²)
+    return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
+
+
+class WindowAttention(Attention):
+    """Attention within a window: the scores get a bias learned for each relative position.
+
+    x (B·windows, window², D), mask None or (windows, window², window²), added to the scores. The
+    tables need no place in a state dict: they follow from the window.
+    """
+
+    def __init__(self, dim, heads, window):
+        super().__init__(dim, heads)
+        span = 2 * window - 1  # differences from -(window - 1) to window - 1
+        self.relative_position_bias_table = nn.Parameter(torch.empty(span ** 2, heads))
+        y, x = torch.arange(window ** 2) // window, torch.arange(window ** 2) % window
+        index = (y[:, None] - y + window - 1) * span + x[:, None] - x + window - 1
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self, x, mask=None):
+        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, heads)
+        bias = bias.permute(2, 0, 1)[None]
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
+        return super().forward(x, bias)  # bias (B·windows or 1, heads, N, N)
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm block on a map (B, side, side, D), with attention inside windows, shifted or not."""
+
+    def __init__(self, dim, heads, side, window, shift, drop_path):
+        super().__init__()
+        self.window, self.shift = window, shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, window)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+        mask = shift_mask(side, window, shift) if shift else None
+        self.register_buffer("attn_mask", mask, persistent=False)
+
+    def attend(self, x):
+        height, width = x.shape[1:3]
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), (1, 2))
+        x = self.attn(split_windows(x, self.window), self.attn_mask)
+        x = join_windows(x, self.window, height, width)
+        return x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Each 2×2 square of a map becomes one token of twice the width: half the map's side."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]  # column by column
+        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+
+
+class SwinStage(nn.Module):
+    """Merging, except in the first stage, then blocks whose windows are shifted every second."""
+
+    def __init__(self, dim, heads, side, window, rates, merge):
+        super().__init__()
+        self.downsample = PatchMerging(dim // 2) if merge else nn.Identity()
+        # one window that covers the map has nothing to be shifted against
+        shift = window // 2 if side > window else 0
+        self.blocks = nn.Sequential(
+            *(SwinBlock(dim, heads, side, window, shift * (i % 2), rate)
+              for i, rate in enumerate(rates)))
+
+    def forward(self, x):
+        return self.blocks(self.downsample(x))
+
+
+class SwinPatchEmbed(nn.Module):
+    """Squares of 4×4 pixels as normalised tokens, still laid out as a map (B, H/4, W/4, D)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, 4, stride=4)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class MeanHead(nn.Module):
+    """Mean over the map (B, H, W, D), dropout, linear."""
+
+    def __init__(self, dim, num_classes, drop):
+        super().__init__()
+        self.drop = nn.Dropout(drop)
+        self.fc = nn.Linear(dim, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.drop(x.mean((1, 2))))
+
+
+class SwinTransformer(nn.Module):
+    """Liu et al. 2021: stages of window attention that halve the map and double the width.
+
+    The window is as large as the last stage's map: 7 for images of 224 pixels and four stages, 12
+    for 384, as published. So every multiple of 32 works, from 64 on; ValueError for other sizes.
+    """
+
+    def __init__(self, img_size, dim, depths, heads, num_classes, drop=0.0, drop_path=0.0):
+        super().__init__()
+        unit = 4 * 2 ** (len(depths) - 1)  # pixels along a side for each token of the last map
+        if img_size % unit or img_size < 2 * unit:
+            raise ValueError(f"Swin takes images of a multiple of {unit} pixels, at least "
+                             f"{2 * unit}, not image_size={img_size}.")
+        self.img_size, window = img_size, img_size // unit
+        self.patch_embed = SwinPatchEmbed(dim)
+        rates = drop_rates(drop_path, sum(depths))
+        stages, side = [], img_size // 4
+        for i, (depth, h) in enumerate(zip(depths, heads)):
+            done = sum(depths[:i])
+            stages.append(SwinStage(dim * 2 ** i, h, side // 2 ** i, window,
+                                    rates[done:done + depth], merge=i > 0))
+        self.layers = nn.Sequential(*stages)
+        last = dim * 2 ** (len(depths) - 1)
+        self.norm = nn.LayerNorm(last)
+        self.head = MeanHead(last, num_classes, drop)
+
+        for m in self.modules():  # the patch convolution keeps PyTorch's default, as in timm
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+            elif isinstance(m, WindowAttention):
+                nn.init.normal_(m.relative_position_bias_table, std=0.02)
+
+    def forward(self, x):
+        check_size(x, self.img_size)
+        return self.head(self.norm(self.layers(self.patch_embed(x))))
+
+
+# ---------------------------------------------------------------------------------------------
+# ImageNet
+# ---------------------------------------------------------------------------------------------
+
+def imagenet_resnet(block, depths, num_classes, drop, drop_path):
+    """He et al. 2016, table 1; the last norm of a block starts at 1, as in torchvision."""
+    model = ResNet(block, depths, (64, 128, 256, 512), num_classes, 3, large_images=True,
+                   drop=drop, drop_path=drop_path)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def resnet18(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return imagenet_resnet(BasicBlock, (2, 2, 2, 2), num_classes, drop, drop_path)
+
+
+def resnet34(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return imagenet_resnet(BasicBlock, (3, 4, 6, 3), num_classes, drop, drop_path)
+
+
+def resnet50(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return imagenet_resnet(Bottleneck, (3, 4, 6, 3), num_classes, drop, drop_path)
+
+
+def resnet101(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return imagenet_resnet(Bottleneck, (3, 4, 23, 3), num_classes, drop, drop_path)
+
+
+def resnet152(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return imagenet_resnet(Bottleneck, (3, 8, 36, 3), num_classes, drop, drop_path)
+
+
+def deit_tiny_patch16_224(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return VisionTransformer(image_size or 224, 16, 192, 12, 3, num_classes, 3, drop, drop_path)
+
+
+def deit_small_patch16_224(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return VisionTransformer(image_size or 224, 16, 384, 12, 6, num_classes, 3, drop, drop_path)
+
+
+def deit_base_patch16_224(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return VisionTransformer(image_size or 224, 16, 768, 12, 12, num_classes, 3, drop, drop_path)
+
+
+def swin_tiny_patch4_window7_224(num_classes=1000, image_size=None, drop=0.0, drop_path=0.0):
+    return SwinTransformer(image_size or 224, 96, (2, 2, 6, 2), (3, 6, 12, 24), num_classes,
+                           drop, drop_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Published weights
+# ---------------------------------------------------------------------------------------------
+
+def load_pretrained(model, path):
+    """Fill the model with the weights of a file from torchvision, timm or the papers' authors.
+
+    The file is read with weights_only=True; it holds a state dict, or a dict with one under "model"
+    or "state_dict". Every weight must be there in the model's shape, and nothing else.
+
+    Raises OSError if the file cannot be opened, ValueError if it holds no state dict or another
+    network's; the model is then as it was.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # which one depends on what the file is
+        raise ValueError(f"{path} is damaged, not from torch.save, or holds more than weights: "
+                         "torch.load(weights_only=True) refuses it.") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not (isinstance(state, dict) and state
+            and all(isinstance(value, torch.Tensor) for value in state.values())):
+        raise ValueError(f"{path} holds no state dict: expected tensors by name, "
+                         'at the top or under "model" or "state_dict".')
+    if isinstance(model, SwinTransformer):
+        state = swin_names(state)
+    own = model.state_dict()
+    for key in own:
+        if key.endswith("num_batches_tracked"):  # old files do not count batches
+            state.setdefault(key, own[key])
+    check_fit(path, own, state)
+    model.load_state_dict(state)
+
+
+def swin_names(state):
+    """A Swin state dict under this file's names, whichever of the two published layouts it has.
+
+    The authors count a merging to the stage before it and call the classifier "head"; both layouts
+    may hold the tables of WindowAttention and SwinBlock.
+    """
+    state = {key: value for key, value in state.items()
+             if "relative_position_index" not in key and "attn_mask" not in key}
+    if "head.fc.weight" in state:
+        return state
+    renamed = {}
+    for key, value in state.items():
+        merging = re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", key)
+        if merging:
+            key = f"layers.{int(merging[1]) + 1}.downsample.{merging[2]}"
+        elif key.startswith("head."):
+            key = "head.fc." + key.removeprefix("head.")
+        renamed[key] = value
+    return renamed
+
+
+def check_fit(path, own, state):
+    """Raise ValueError unless the state dict of the file has own's names and shapes."""
+    missing = [key for key in own if key not in state]
+    foreign = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
+    wrong = []
+    for text, keys in (("lacks", missing), ("has the unknown", foreign)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            wrong.append(f"{text} {keys[0]}{more}")
+    wrong += [f"has {key} of shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+              for key in shapes[:1]]
+    if not wrong:
+        return
+    advice = "it seems to be another network's"
+    if not missing and not foreign:
+        if all(key.startswith(("fc.", "head.")) for key in shapes):
+            advice = f"build the network with num_classes={len(state[shapes[0]])}, as in the file"
+        elif all(key.endswith(("pos_embed", "relative_position_bias_table")) for key in shapes):
+            advice = "build the network with the image size of the file"
+    raise ValueError(f"{path} does not fit this network: it {', '.join(wrong)}; {advice}.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -469,4 +835,16 @@ CIFAR_MODELS = {
     "vgg16_bn_cifar": vgg16_bn_cifar,
     "lenet5": lenet5,
     "deit_tiny_cifar": deit_tiny_cifar,
+}
+
+IMAGENET_MODELS = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+    "deit_tiny_patch16_224": deit_tiny_patch16_224,
+    "deit_small_patch16_224": deit_small_patch16_224,
+    "deit_base_patch16_224": deit_base_patch16_224,
+    "swin_tiny_patch4_window7_224": swin_tiny_patch4_window7_224,
 }

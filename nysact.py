@@ -114,15 +114,21 @@ def precondition(grad, bias_grad, U, eigenvalues, damping):
 
 
 def precondition_exact(grad, bias_grad, factor):
-    """(6)  G̃ = G (A + ρI)⁻¹ = (L⁻ᵀ L⁻¹ Gᵀ)ᵀ with factor = L (blocks, d, d), A + ρI = L Lᵀ."""
+    """(6)  G̃ = G (A + ρI)⁻¹ = G L⁻ᵀ L⁻¹ with factor = L (blocks, d, d), A + ρI = L Lᵀ."""
     blocks = len(factor)
     G = grad.reshape(blocks, len(grad) // blocks, -1)         # (blocks, out/blocks, d)
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
-    G = torch.cholesky_solve(G.mT, factor).mT
+    G = solve_right(G, factor)
     new_bias = None if bias_grad is None else G[:, :, -1].flatten()
     G = G if bias_grad is None else G[:, :, :-1]
     return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
+
+
+def solve_right(G, L):
+    """G (L Lᵀ)⁻¹ (..., out, d): Y Lᵀ = G, then Z L = Y; from the left, G would be transposed."""
+    Y = torch.linalg.solve_triangular(L.mT, G, upper=True, left=False)
+    return torch.linalg.solve_triangular(L, Y, upper=False, left=False)
 
 
 def damped_cholesky(A, damping):
@@ -546,6 +552,12 @@ class NysAct(torch.optim.SGD):
             layer.on = self.steps % group["tcov"] == 0
             if layer.weight in self.state and "updates" in self.state[layer.weight]:
                 self.state[layer.weight]["step"] = self.steps
+
+    @property
+    def collecting(self):
+        """Will the coming forward pass feed statistics? Then their hooks break a compiled graph:
+        call the plain model, and the compiled one otherwise."""
+        return any(layer.on for layer in self.layers.values())
 
     def grouped(self):
         """(layer, its group), in an order that is the same on all ranks."""

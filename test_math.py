@@ -1,6 +1,6 @@
 """Every formula of this project against brute force, in float64 unless said otherwise.
 
-    python test_math.py               # all, one to two minutes on a CPU; no pytest needed
+    python test_math.py               # all, in two processes: under a minute; no pytest needed
     python test_math.py mac attention # only the tests whose name contains one of the words
 
 Each line names an equation or a property and gives the measured error beside its tolerance.
@@ -17,6 +17,8 @@ import io
 import itertools
 import math
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -73,13 +75,14 @@ def close(name, got, want, tol):
     assert error <= tol, f"{name}: relative error {error:.3g} exceeds {tol:g}"
 
 
-def run_tests(tests, words=()):
-    """Run the test_* functions among tests whose names contain a word; exit 1 if one fails."""
+def run_tests(tests, words=(), without=(), beside=None):
+    """Run the test_* functions among tests whose names contain one of words (none: any) and none
+    of without, add the results of the process beside, and exit: 1 if a test failed."""
     passed = failed = skipped = 0
     for name, test in list(tests.items()):
         if not name.startswith("test_") or not callable(test):
             continue
-        if words and not any(word in name for word in words):
+        if words and not any(word in name for word in words) or any(w in name for w in without):
             continue
         start = time.perf_counter()
         try:
@@ -91,8 +94,29 @@ def run_tests(tests, words=()):
             traceback.print_exc()
             outcome, failed = "FAILED", failed + 1
         print(f"{name}: {outcome}, {time.perf_counter() - start:.1f} s", flush=True)
+    if beside:
+        there = results_of(beside)
+        passed, failed, skipped = passed + there[0], failed + there[1], skipped + there[2]
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     sys.exit(1 if failed else 0)
+
+
+def start_beside(words):
+    """A process that runs the tests of these words on another core, writing to a file."""
+    output = tempfile.TemporaryFile("w+")
+    return output, subprocess.Popen([sys.executable, __file__, *words], stdout=output,
+                                    stderr=subprocess.STDOUT)
+
+
+def results_of(beside):
+    """Wait for the process, print what it wrote; its numbers of passed, failed, skipped."""
+    output, process = beside
+    process.wait()
+    output.seek(0)
+    text, _, last = output.read().rstrip().rpartition("\n")
+    counts = re.fullmatch(r"(\d+) passed, (\d+) failed(?:, (\d+) skipped)?", last)
+    print(text if counts else f"{text}\n{last}\nthe process beside died: FAILED")
+    return [int(count or 0) for count in counts.groups()] if counts else (0, 1, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -735,6 +759,100 @@ def test_mac_attention_fused():
     shifted = torch.where(torch.rand(3, 4, 4) < 0.5, 0.0, -100.0).double()
     with chunk_of(4 * 2 * 16):
         check_fused("Swin's, four at a time", WindowAttention(D, 2, 2), x, mask=shifted)
+
+
+def small_swin():
+    """Maps of 12, 6, 3 tokens, windows of 3, shifted in two stages; weights far from uniform T."""
+    net = models.SwinTransformer(48, 8, (2, 2, 2), (2, 2, 4), 5).double()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "attn" in name or "reduction" in name:
+                p.normal_(std=2 / p[0].numel() ** 0.5 if "weight" in name else 1.0)
+    return net
+
+
+def rows_in_windows(attn, x, window, shift):
+    """The rows TX of window attention on maps x (B, H, W, D): (B·windows, queries, heads, D).
+
+    From the image: a window's tokens lie `shift` further down and right, where the map goes on with
+    its other border; two tokens on different sides of a border score 100 less.
+    """
+    (B, H, W, D), h = x.shape, attn.num_heads
+    q, k, _ = F.linear(x, attn.qkv.weight, attn.qkv.bias).detach().unflatten(-1, (3, h, -1)) \
+        .permute(3, 4, 0, 1, 2, 5).numpy()                                      # (h, B, H, W, d_h)
+    table, x, rows = attn.relative_position_bias_table.detach().numpy(), x.numpy(), []
+    places = [(i, j) for i in range(window) for j in range(window)]
+    for b, top, left in itertools.product(range(B), range(0, H, window), range(0, W, window)):
+        i, j = (np.array(places) + (top + shift, left + shift)).T
+        side, (i, j) = 2 * (i >= H) + (j >= W), (i % H, j % W)
+        for n, (y, z) in enumerate(places):
+            offset = [(y - a + window - 1) * (2 * window - 1) + z - c + window - 1
+                      for a, c in places]
+            for head in range(h):
+                scores = k[head, b, i, j] @ q[head, b, i[n], j[n]] / (D // h) ** 0.5
+                weights = np.exp(scores + table[offset, head] - 100 * (side != side[n]))
+                rows.append(weights @ x[b, i, j] / weights.sum())
+    return torch.from_numpy(np.stack(rows)).view(-1, window ** 2, h, D)
+
+
+def test_mac_attention_swin():
+    """(6) in every block of a Swin: G_V = Σ(∂O)ᵀ(TX) by autograd, ā_V = mean row of those TX."""
+    torch.manual_seed(0)
+    net, x, y = small_swin(), randn(2, 3, 48, 48), torch.tensor([0, 3])
+    maps, heads = {}, {}
+
+    def keep(name, module, args, output):
+        if isinstance(module, nn.LayerNorm):
+            maps[name] = output.detach()
+        else:
+            args[0].retain_grad()
+            heads[name] = args[0]                                   # the heads' outputs O
+    blocks = {name: m for name, m in net.named_modules() if isinstance(m, models.SwinBlock)}
+    for name, block in blocks.items():
+        for module in (block.norm1, block.attn.proj):
+            module.register_forward_hook(functools.partial(keep, name))
+    optimizer = one_step(net, lambda: F.cross_entropy(net(x), y))
+    for i, (name, block) in enumerate(blocks.items()):
+        side, attn = (12, 6, 3)[i // 2], block.attn
+        assert maps[name].shape[1:3] == (side, side)
+        TX = rows_in_windows(attn, maps[name], 3, (0, 1, 0, 1, 0, 0)[i])
+        dO = heads[name].grad.unflatten(-1, (attn.num_heads, -1))   # (B·windows, 9, h, d_h)
+        title = f"stage {i // 2}, {'shifted' if block.shift else 'not shifted'}"
+        close(f"(6) {title}: G_V = Σ(∂O)ᵀ(TX)", attn.qkv.weight.grad.chunk(3)[2],
+              torch.einsum("nqhe,nqhd->hed", dO, TX).flatten(0, 1), 1e-12)
+        tokens = maps[name].mean((0, 1, 2))
+        want = torch.stack([tokens, tokens, TX.mean((0, 1, 2))])
+        close(f"(6) {title}: ā of q, k, v", optimizer.state[attn.qkv.weight]["mean"],
+              F.pad(want, (0, 1), value=1.0), 1e-12)
+
+
+def test_mac_vision_transformers():
+    """One step of 1 on Swin and DeiT: (3) by thirds of each qkv, the raw gradient for the rest."""
+    torch.manual_seed(0)
+    for title, net, size in (("Swin", small_swin(), 48), (
+            "DeiT", models.VisionTransformer(24, 8, 12, 2, 3, 5, 3).double(), 24)):
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        optimizer = MAC(net, lr=1.0, momentum=0.0, damping=0.5, tcov=1, tinv=1)
+        F.cross_entropy(net(randn(2, 3, size, size)), torch.tensor([1, 4])).backward()
+        optimizer.step()
+        step = {name: before[name] - p for name, p in net.named_parameters()}
+        still = [name for name, value in step.items() if not value.any()]
+        close(f"{title}: parameters that do not move", len(still), 0, 0)
+        plain, qkv = {}, {}
+        for name, p in net.named_parameters():
+            layer = net.get_submodule(name.rpartition(".")[0])
+            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+                plain[name] = p.grad
+            elif name.endswith("qkv.weight"):
+                means = optimizer.state[p]["mean"]
+                parts = [dense(G, g, m.outer(m), 0.5) for G, g, m in
+                         zip(p.grad.chunk(3), layer.bias.grad.chunk(3), means)]
+                qkv[name] = torch.cat([G for G, _ in parts])
+                qkv[name.replace("weight", "bias")] = torch.cat([g for _, g in parts])
+        assert any("attn" in name for name in plain) == (title == "Swin"), "the bias tables"
+        close_all(f"{title}: plain step", {name: step[name] for name in plain}, plain, 1e-10)
+        close_all(f"{title}: (3) for q, k and v, each with its own ā",
+                  {name: step[name] for name in qkv}, qkv, 1e-10)
 
 
 def check_multihead(name, options, inputs, **call):
@@ -1800,6 +1918,22 @@ def loop_compile(make):
         close_all(f"torch.compile(backend='{backend}')", got, want, tol)
         close(f"{backend}: frames compiled after the fourth step", frames[-1] - frames[3], 0, 0)
     torch._dynamo.reset()
+    graphs, off = [], []
+
+    def backend(graph, inputs):
+        return lambda *args: graphs.append(1) or graph.forward(*args)
+
+    def alternating(model, optimizer, data):
+        fast = torch.compile(model, backend=backend)
+        for x, y in data:
+            optimizer.zero_grad()
+            off.append(not optimizer.collecting)
+            F.cross_entropy((fast if off[-1] else model)(x), y).backward()
+            optimizer.step()
+    got = trained(make, alternating, data, net())
+    close_all("plain where statistics are collected, else compiled", got, want, 0)
+    close("graphs in a step without statistics", len(graphs) / sum(off), 1, 0)
+    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2282,6 +2416,289 @@ def test_models_initialisation():
     close("initial biases that are zero", max(b.abs().max() for b in zero), 0.0, 0)
 
 
+# Parameters for 1000 classes, parameter tensors, convolutions + linear layers, state-dict keys.
+IMAGENET_COUNTS = {
+    "resnet18": (11_689_512, 62, 21, 122),
+    "resnet34": (21_797_672, 110, 37, 218),
+    "resnet50": (25_557_032, 161, 54, 320),
+    "resnet101": (44_549_160, 314, 105, 626),
+    "resnet152": (60_192_808, 467, 156, 932),
+    "deit_tiny_patch16_224": (5_717_416, 152, 50, 152),
+    "deit_small_patch16_224": (22_050_664, 152, 50, 152),
+    "deit_base_patch16_224": (86_567_656, 152, 50, 152),
+    "swin_tiny_patch4_window7_224": (28_288_354, 173, 53, 173),
+}
+
+# As MODEL_FINGERPRINTS, for images of 224 pixels and 1000 classes. For time, one of a kind: the
+# others differ from these in depth, width and number of heads, which test_models_imagenet_names
+# sees, or have the blocks of the CIFAR networks.
+IMAGENET_FINGERPRINTS = {
+    "resnet50": (4.206032, -1.365415, 0.840450, -2.952219, 1.474549),
+    "deit_tiny_patch16_224": (-0.194330, 0.937657, 0.031514, 0.351096, 0.820405),
+    "swin_tiny_patch4_window7_224": (1.678393, -1.214601, -0.600787, 0.828446, 0.797933),
+}
+
+
+def affine(name, out, *fan_in):
+    return [(f"{name}.weight", (out, *fan_in)), (f"{name}.bias", (out,))]
+
+
+def resnet_shapes(depths, bottleneck):
+    """Names and shapes of a torchvision ResNet's state dict, in order."""
+    def norm(name, n):
+        running = [(f"{name}.running_mean", (n,)), (f"{name}.running_var", (n,))]
+        return affine(name, n) + running + [(f"{name}.num_batches_tracked", ())]
+    shapes, planes = [("conv1.weight", (64, 3, 7, 7))] + norm("bn1", 64), 64
+    for stage, depth in enumerate(depths):
+        width = 64 * 2 ** stage
+        out = 4 * width if bottleneck else width
+        for j in range(depth):
+            block = f"layer{stage + 1}.{j}"
+            kernels = [(width, planes, 1, 1), (width, width, 3, 3), (out, width, 1, 1)] \
+                if bottleneck else [(width, planes, 3, 3), (width, width, 3, 3)]
+            for k, kernel in enumerate(kernels, 1):
+                shapes.append((f"{block}.conv{k}.weight", kernel))
+                shapes += norm(f"{block}.bn{k}", kernel[0])
+            if planes != out:
+                shapes.append((f"{block}.downsample.0.weight", (out, planes, 1, 1)))
+                shapes += norm(f"{block}.downsample.1", out)
+            planes = out
+    return shapes + affine("fc", 1000, planes)
+
+
+def transformer_block(name, D, table=()):
+    """A pre-norm block of timm's; table: the shape of Swin's relative position bias."""
+    return [*affine(f"{name}.norm1", D),
+            *([(f"{name}.attn.relative_position_bias_table", table)] if table else []),
+            *affine(f"{name}.attn.qkv", 3 * D, D), *affine(f"{name}.attn.proj", D, D),
+            *affine(f"{name}.norm2", D),
+            *affine(f"{name}.mlp.fc1", 4 * D, D), *affine(f"{name}.mlp.fc2", D, 4 * D)]
+
+
+def deit_shapes(D):
+    shapes = [("cls_token", (1, 1, D)), ("pos_embed", (1, 197, D))]
+    shapes += affine("patch_embed.proj", D, 3, 16, 16)
+    for i in range(12):
+        shapes += transformer_block(f"blocks.{i}", D)
+    return shapes + affine("norm", D) + affine("head", 1000, D)
+
+
+def swin_shapes():
+    shapes = affine("patch_embed.proj", 96, 3, 4, 4) + affine("patch_embed.norm", 96)
+    for stage, (D, heads, depth) in enumerate(zip((96, 192, 384, 768), (3, 6, 12, 24),
+                                                  (2, 2, 6, 2))):
+        if stage > 0:
+            shapes += affine(f"layers.{stage}.downsample.norm", 2 * D)
+            shapes.append((f"layers.{stage}.downsample.reduction.weight", (D, 2 * D)))
+        for i in range(depth):
+            shapes += transformer_block(f"layers.{stage}.blocks.{i}", D, (13 ** 2, heads))
+    return shapes + affine("norm", 768) + affine("head.fc", 1000, 768)
+
+
+IMAGENET_SHAPES = {
+    "resnet18": resnet_shapes((2, 2, 2, 2), False),
+    "resnet34": resnet_shapes((3, 4, 6, 3), False),
+    "resnet50": resnet_shapes((3, 4, 6, 3), True),
+    "resnet101": resnet_shapes((3, 4, 23, 3), True),
+    "resnet152": resnet_shapes((3, 8, 36, 3), True),
+    "deit_tiny_patch16_224": deit_shapes(192),
+    "deit_small_patch16_224": deit_shapes(384),
+    "deit_base_patch16_224": deit_shapes(768),
+    "swin_tiny_patch4_window7_224": swin_shapes(),
+}
+
+
+def test_models_imagenet_names():
+    """Names, shapes and order of the state dicts, the counts, and the width of a head."""
+    assert IMAGENET_COUNTS.keys() == IMAGENET_SHAPES.keys() == models.IMAGENET_MODELS.keys()
+    for name, want in IMAGENET_COUNTS.items():
+        with torch.device("meta"):
+            model = models.IMAGENET_MODELS[name]()
+        state = [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
+        assert state == IMAGENET_SHAPES[name], next(
+            pair for pair in itertools.zip_longest(state, IMAGENET_SHAPES[name])
+            if pair[0] != pair[1])
+        layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
+        parameters = list(model.parameters())
+        got = [sum(p.numel() for p in parameters), len(parameters), layers, len(state)]
+        close(f"{name}: parameters, tensors, layers, names", torch.tensor(got),
+              torch.tensor(want), 0)
+        for m in model.modules():
+            if isinstance(m, models.Attention):
+                width = 32 if "swin" in name else 64
+                assert (m.qkv.in_features / m.num_heads, m.scale) == (width, width ** -0.5), name
+
+
+def test_models_imagenet_fingerprints():
+    for name, want in IMAGENET_FINGERPRINTS.items():
+        want = torch.tensor(want, dtype=torch.float64)
+        got = fingerprint(models.IMAGENET_MODELS[name](), image_size=224)
+        close(f"{name}: fingerprint", got, want, 2e-6 / want.abs().max())
+
+
+def empty(name, **options):
+    """The network with memory but without numbers: its initialisation is not what is tested."""
+    with torch.device("meta"):
+        model = models.IMAGENET_MODELS[name](**options)
+    return model.to_empty(device="cpu")
+
+
+def numbered(name):
+    """A published state dict whose j-th tensor is full of j; one number of memory each."""
+    return {key: torch.tensor(j).to(torch.int64 if shape == () else torch.float32).expand(shape)
+            for j, (key, shape) in enumerate(IMAGENET_SHAPES[name])}
+
+
+def of_authors(state):
+    """Swin's state dict as its authors wrote it: mergings end a stage, head, tables."""
+    names = {f"layers.{i + 1}.downsample": f"layers.{i}.downsample" for i in range(3)}
+    names["head.fc"] = "head"
+    renamed = {}
+    for key, value in state.items():
+        for new, old in names.items():
+            if key.startswith(new + "."):
+                key = old + key.removeprefix(new)
+                break
+        renamed[key] = value
+    return renamed | {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
+                      "layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49)}
+
+
+def test_models_load_pretrained():
+    """torchvision's, timm's and the Swin authors' files, in their wrappers, tensor by tensor."""
+    resnet, deit, swin = (numbered(name) for name in (
+        "resnet18", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"))
+    uncounted = {key: value for key, value in resnet.items() if "num_batches" not in key}
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "weights.pth")
+        for title, name, state, content in (
+                ("torchvision", "resnet18", resnet, resnet),
+                ("torchvision, old", "resnet18", uncounted, uncounted),
+                ("DeiT", "deit_tiny_patch16_224", deit, {"model": deit}),
+                ("timm", "swin_tiny_patch4_window7_224", swin, {"state_dict": swin}),
+                ("Swin's authors", "swin_tiny_patch4_window7_224", swin,
+                 {"model": of_authors(swin)})):
+            torch.save(content, path)
+            model = empty(name)
+            models.load_pretrained(model, path)
+            got = model.state_dict()
+            wrong = [key for key, value in state.items() if not (got[key] == value).all()]
+            close(f"{name}, {title}: tensors not as in the file", len(wrong), 0, 0)
+
+
+def test_models_load_pretrained_refuses():
+    """One sentence for what does not fit, and a model that keeps its weights."""
+    resnet, deit = numbered("resnet18"), numbered("deit_tiny_patch16_224")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "weights.pth")
+        small = empty("deit_tiny_patch16_224", num_classes=10)
+        before = {key: value.clone() for key, value in small.state_dict().items()}
+
+        def refused(words, model, content):
+            torch.save(content, path)
+            raises(ValueError, [path, *words], lambda: models.load_pretrained(model, path))
+        refused(["head.weight", "(1000, 192)", "(10, 192)", "num_classes=1000"], small, deit)
+        assert all(torch.equal(value.view(torch.int32), before[key].view(torch.int32))
+                   for key, value in small.state_dict().items()), "nothing was loaded"
+        refused(["pos_embed", "(1, 197, 192)", "(1, 17, 192)", "image size"],
+                empty("deit_tiny_patch16_224", image_size=64), deit)
+        refused(["layer1.2.conv1.weight and 79 more", "another network"], empty("resnet34"), resnet)
+        refused(["unknown head_dist.weight", "another network"], small,
+                deit | {"head_dist.weight": torch.zeros(1)})
+        refused(["no state dict"], small, [1, 2])
+        refused(["no state dict"], small, {"model": {"epoch": 3}})
+        refused(["more than weights"], small, {"model": deit, "args": Skip("an object")})
+        with open(path, "w") as file:
+            file.write("<html>404</html>")
+        raises(ValueError, [path, "damaged"], lambda: models.load_pretrained(small, path))
+        raises(FileNotFoundError, ["nowhere"],
+               lambda: models.load_pretrained(small, os.path.join(folder, "nowhere")))
+
+
+def test_models_drop_path():
+    """Whole samples are dropped, the expectation stays, the rate grows linearly with depth."""
+    torch.manual_seed(0)
+    drop, n = models.DropPath(0.3), 20_000
+    x = torch.ones(n, 2, 1, 3, dtype=torch.float64)
+    y = drop(x)
+    close("drop path: all of a sample or nothing", y, y[:, :1, :, :1].expand_as(y), 0)
+    close("kept samples are divided by 1 − rate", y.unique(), torch.tensor([0, 1 / 0.7]), 1e-7)
+    close("E[y] = x, to four standard errors", y.mean(), 1.0, 4 * (0.3 / 0.7 / n) ** 0.5)
+    close("none in evaluation", drop.eval()(x), x, 0)
+    for name, depth in (("resnet18", 8), ("deit_tiny_patch16_224", 12),
+                        ("swin_tiny_patch4_window7_224", 12)):
+        with torch.device("meta"):
+            model = models.IMAGENET_MODELS[name](drop_path=0.2)
+        rates = [m.rate for m in model.modules() if isinstance(m, models.DropPath)]
+        close(f"{name}: rates 0 to 0.2", rates, np.linspace(0, 0.2, depth), 1e-15)
+        raises(ValueError, ["drop_path", "1.5"],
+               lambda: models.IMAGENET_MODELS[name](drop_path=1.5))
+    # at a rate that keeps nothing, what is left of a block is its shortcut
+    never = 1 - 1e-12
+    for title, block, x, shape in (
+            ("BasicBlock", models.BasicBlock(4, 4, 1, None, never), F.relu, (2, 4, 5, 5)),
+            ("Bottleneck", models.Bottleneck(8, 2, 1, None, never), F.relu, (2, 8, 5, 5)),
+            ("Block", models.Block(8, 2, never), nn.Identity(), (2, 5, 8)),
+            ("SwinBlock", models.SwinBlock(8, 2, 6, 3, 1, never), nn.Identity(), (2, 6, 6, 8))):
+        x = x(torch.randn(shape))
+        close(f"{title} without its branches", block(x), x, 0)
+        assert not torch.equal(block.eval()(x), x), title
+
+
+def test_models_imagenet_options():
+    """Dropout right before the classifier; image sizes other than 224, and those refused."""
+    for name, layer, size in (("resnet18", "fc", 40), ("deit_tiny_patch16_224", "head", 48),
+                              ("swin_tiny_patch4_window7_224", "head.fc", 64)):
+        model = models.IMAGENET_MODELS[name](7, size, drop=1.0)
+        x, bias = torch.randn(2, 3, size, size), model.get_submodule(layer).bias
+        close(f"{name}, {size} pixels, drop=1: the bias alone", model(x), bias.expand(2, 7), 0)
+        y = model.eval()(x)
+        assert not torch.equal(y[0], y[1]), "no dropout in evaluation"
+        if name != "resnet18":
+            raises(ValueError, [f"{size}×{size}", "64×96"],
+                   lambda: model(torch.zeros(1, 3, 64, 96)))
+            raises(ValueError, ["100"], lambda: models.IMAGENET_MODELS[name](image_size=100))
+    raises(ValueError, ["32", "64"],
+           lambda: models.swin_tiny_patch4_window7_224(image_size=32))
+
+
+def test_models_imagenet_initialisation():
+    """Standard deviations as published; torchvision does not zero the last norm of a block."""
+    torch.manual_seed(0)
+    resnet, deit = models.resnet18(), models.deit_tiny_patch16_224()
+    swin = models.SwinTransformer(56, 96, (2, 6), (3, 6), 10)           # windows of 7, as for 224
+    table = torch.cat([m.relative_position_bias_table.flatten() for m in swin.modules()
+                       if isinstance(m, models.WindowAttention)])
+    for name, weight, want in (
+            ("resnet stem: √(2/fan_out)", resnet.conv1.weight, (2 / (49 * 64)) ** 0.5),
+            ("resnet projection: √(2/fan_out)", resnet.layer2[0].downsample[0].weight,
+             (2 / 128) ** 0.5),
+            ("resnet fc: uniform ±1/√fan_in", resnet.fc.weight, (512 * 3) ** -0.5),
+            ("deit patches: uniform ±1/√fan_in", deit.patch_embed.proj.weight, (768 * 3) ** -0.5),
+            ("swin patches: uniform ±1/√fan_in", swin.patch_embed.proj.weight, (48 * 3) ** -0.5),
+            ("swin linear: 0.02", swin.layers[1].blocks[5].mlp.fc1.weight, 0.02),
+            ("swin reduction: 0.02", swin.layers[1].downsample.reduction.weight, 0.02),
+            ("swin bias tables: 0.02", table, 0.02)):
+        close(f"initial σ of {name}", weight.std() / want, 1.0, 4 / (2 * weight.numel()) ** 0.5)
+    norms = [m.weight for m in resnet.modules() if isinstance(m, nn.BatchNorm2d)]
+    close("resnet: norms start at 1", min(w.min() for w in norms), 1.0, 0)
+    close("swin: biases start at 0", max(m.bias.abs().max() for m in swin.modules() if isinstance(
+        m, nn.Linear) and m.bias is not None), 0.0, 0)
+
+
+def test_models_swin_optimizers():
+    """Every optimizer moves every parameter of a Swin with shifted windows, to finite values."""
+    data = [(randn(4, 3, 24, 24), torch.tensor([0, 1, 2, 3]))] * 3
+    for name, make in OPTIMIZERS.items():
+        torch.manual_seed(0)
+        net = models.SwinTransformer(24, 8, (2, 2), (2, 2), 5).double()
+        before = {key: p.detach().clone() for key, p in net.named_parameters()}
+        usual(net, make(net, weight_decay=0.0), data)
+        still = [key for key, p in net.named_parameters()
+                 if torch.equal(p, before[key]) or not p.isfinite().all()]
+        close(f"{name}: parameters that do not move or are not finite", len(still), 0, 0)
+
+
 # ---------------------------------------------------------------------------------------------
 # FOOF
 # ---------------------------------------------------------------------------------------------
@@ -2423,7 +2840,7 @@ FOOF_GEOMETRIES = [(C, out, size, dict(kernel_size=kernel, padding=padding, grou
     (3, 4, (5, 4), 1, 0, 1), (4, 4, (5, 4), 1, "same", 2), (4, 4, (5, 4), 1, "valid", 4),
     (2, 3, (1, 1), 3, 1, 1), (2, 3, (2, 1), 3, 1, 1), (2, 3, (2, 2), 5, 2, 1),
     (2, 3, (1, 2), 5, 2, 1), (2, 3, (3, 3), 7, 3, 1), (2, 3, (4, 2), 7, 3, 1),
-    (2, 3, (1, 6), (1, 5), (0, 2), 1))]
+    (2, 3, (1, 6), (1, 5), (0, 2), 1), (20, 2, (5, 4), 3, 1, 1), (130, 2, (2, 3), 1, 0, 1))]
 
 
 def test_foof_conv_covariance():
@@ -4022,13 +4439,11 @@ def test_adafisher_refuses():
         raises(FloatingPointError, (where, "step 2") if bad else ("step 2",), optimizer.step)
         close_all("nothing changed", snapshot(net, optimizer), before, 0)
     for name, value in (("lr", -1), ("beta", 1.0), ("damping", 0.0), ("gamma", 1.0),
-                        ("gamma", -0.1), ("tcov", 0), ("tcov", 2.5), 
-                        ("weight_decay", -1e-4),
+                        ("gamma", -0.1), ("tcov", 0), ("tcov", 2.5), ("weight_decay", -1e-4),
                         ("lr", float("nan"))):
         raises(ValueError, (name, str(value)), lambda: AdaFisher(make_net(), **{name: value}))
     raises(ValueError, ("tcov", "0.5"), lambda: AdaFisherW(make_net(), params=[
         dict(params=make_net().parameters(), tcov=0.5)]))
-# ------------------------------------------------------------------ to here
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4373,4 +4788,7 @@ def test_analyze_refuses():
 
 
 if __name__ == "__main__":
-    run_tests(globals(), sys.argv[1:])
+    if sys.argv[1:]:
+        run_tests(globals(), sys.argv[1:])
+    slow = ("models", "ranks", "compile")    # half of the time
+    run_tests(globals(), without=slow, beside=start_beside(slow))

@@ -306,13 +306,14 @@ def build(config, data):
         raise UsageError(str(error))
 
 
-def make_forward(model, config, device):
+def make_forward(model, optimizer, config, device):
     """x → logits in float32. The optimizer's hooks are on the model before this compiles it."""
-    call = torch.compile(model) if config["compile"] else model
+    compiled = torch.compile(model) if config["compile"] else model
 
     def forward(x):
         if config["channels_last"]:
             x = x.contiguous(memory_format=torch.channels_last)
+        call = model if model.training and getattr(optimizer, "collecting", False) else compiled
         with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
             return call(x).float()
     return forward
@@ -402,7 +403,7 @@ def train(config, data, folder, args, command, until=None):
         write_file(folder / "config.json", lambda file: file.write(facts))
         if config.get("calibrate"):
             optimizer.calibrate(train_batches(data, config, 0, "calibrate"))
-    forward = make_forward(model, config, device)
+    forward = make_forward(model, optimizer, config, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for epoch in range(len(rows), until or config["epoch"]):
