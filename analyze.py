@@ -403,7 +403,11 @@ def attention_matrices(net, batches):
 
     cosines: top_cosine of every single TᵀT with its own t̄, over heads and the first batch.
     """
-    net, found, handles = copy.deepcopy(net).eval(), {}, []
+    net, found = copy.deepcopy(net).eval(), {}
+    # of this very class: a subclass adds biases or masks to the scores
+    blocks = {name: module for name, module in net.named_modules() if type(module) is Attention}
+    if not blocks:
+        raise UsageError("the network has no attention; --model deit_tiny_cifar has")
 
     def record(name, parent, module, args, output):
         B, N = output.shape[:2]
@@ -413,11 +417,8 @@ def attention_matrices(net, batches):
         if cosines is None:
             cosines = top_cosine(T.mT @ T, T.mean(2)).flatten()
         found[name] = total + T.mean(1).sum(0), images + B, cosines
-    for name, module in net.named_modules():
-        if isinstance(module, Attention):
-            handles.append(module.qkv.register_forward_hook(partial(record, name, module)))
-    if not handles:
-        raise UsageError("the network has no attention; --model deit_tiny_cifar has")
+    for name, module in blocks.items():
+        module.qkv.register_forward_hook(partial(record, name, module))
     with torch.no_grad():
         for x, _ in tqdm(batches, "attention", disable=None, leave=False):
             net(x)
