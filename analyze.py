@@ -363,7 +363,7 @@ def choose(net, wanted, otherwise):
 
 
 def second_moments(net, batches, names):
-    """{name: Moments} of these layers over the batches; a copy of the network is used."""
+    """{name: Moments} of these layers (groups = 1) over the batches, of a copy of the network."""
     net = copy.deepcopy(net).requires_grad_().train()
     sums = {name: [0, 0, 0] for name in names}       # Σ [a; 1][a; 1]ᵀ and Σ p pᵀ, packed; rows
 
@@ -442,10 +442,11 @@ def output_gradients(net, x, y, names):
 
     def logit(params, x, y):
         return functional_call(net, (params, buffers), (x[None],))[0].gather(0, y[None])[0]
-    grads = vmap(grad(logit), (None, 0, 0), chunk_size=16)(params, x.double(), y)
-    return {name: torch.cat([grads[f"{name}.{part}"].flatten(2) if part == "weight" else
-                             grads[f"{name}.{part}"][..., None] for part in ("weight", "bias")
-                             if f"{name}.{part}" in grads], 2) for name in names}
+    grads, found = vmap(grad(logit), (None, 0, 0), chunk_size=16)(params, x.double(), y), {}
+    for name in names:
+        W, b = grads[f"{name}.weight"].flatten(2), grads.get(f"{name}.bias")
+        found[name] = W if b is None else torch.cat([W, b.unsqueeze(2)], 2)
+    return found
 
 
 class PlainMomentum:
