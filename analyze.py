@@ -159,7 +159,7 @@ def correlation(M):
 
 
 def kaiser(values):
-    """How many eigenvalues of a correlation matrix exceed 1, their mean; and their share of n."""
+    """How many eigenvalues of a correlation matrix exceed their mean, 1; their share of the sum."""
     kept = values > 1 + 64 * torch.finfo(values.dtype).eps * values.max()
     return int(kept.sum()), (values[kept].sum() / values.sum()).item()
 
@@ -189,8 +189,8 @@ def signal_to_noise(M, noisy):
 def cosine_bound(low, high):
     """The least cos∠(B g, g) for a symmetric B with eigenvalues in [low, high], low > 0.
 
-    Kantorovich: 2√(low·high)/(low + high). Attained by g with equal parts, in the right
-    proportion, of both ends; 1 where B is a multiple of the identity.
+    Kantorovich: 2√(low·high)/(low + high). Attained by a g with parts √high along the lowest and
+    √low along the highest eigenvector; 1 where B is a multiple of the identity.
     """
     return 2 * math.sqrt(low / high) / (1 + low / high)
 
@@ -903,8 +903,12 @@ def factors(args):
     (when, setup), = stages(args)
     layer, = choose(setup.net, args.layer, (0.5,))
     found = second_moments(setup.net, sample(setup.data, args), list(layers_of(setup.net)))
-    return setup, when, layer, {(name, factor): M for name, m in found.items()
-                                for factor, M in (("H", m.A), ("S", m.P))}
+    matrices = {(name, factor): M for name, m in found.items()
+                for factor, M in (("H", m.A), ("S", m.P))}
+    for (name, factor), M in matrices.items():
+        if not M.any():
+            raise UsageError(f"{factor} of {name} is 0, the network is dead: try a smaller --lr")
+    return setup, when, layer, matrices
 
 
 def of_factor(rows, factor, column, scale=1):
