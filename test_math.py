@@ -4758,6 +4758,26 @@ def test_analyze_multiplier():
           [0.5 / (0.5 + ā @ ā), 1.0, 0.5 / (ā @ ā / 4)], 1e-12)
 
 
+def test_analyze_csv():
+    """What a figure writes where matplotlib is missing: its numbers, caption and command."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = analyze.parse(["curves", "a b", "--output_dir", folder, "--note", "hand-made"])
+        before, sys.modules["matplotlib"] = sys.modules.get("matplotlib"), None
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                path, caption = analyze.publish(args, None, "", "Two\n  numbers.", ("x", "y"),
+                                                [("p", 1 / 3), ("q", 2)], [], (3, 3), None)
+        finally:
+            del sys.modules["matplotlib"]
+            if before is not None:
+                sys.modules["matplotlib"] = before
+        assert "pip install matplotlib" in said.getvalue() and os.listdir(folder) == ["curves.csv"]
+        lines = path.with_suffix(".csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"# {caption}" == "# Two numbers (hand-made)."
+    assert lines[1].startswith("# python analyze.py curves 'a b' --output_dir"), lines[1]
+    assert lines[2:] == [f"# torch {torch.__version__}", "x,y", "p,0.333333", "q,2"], lines
+
+
 def test_analyze_refuses():
     """Layers, flags and folders that do not exist: one sentence that names what does."""
     from train_cifar import COLUMNS
