@@ -1165,29 +1165,21 @@ def sketch_row(layer, A, state, ρ):
         (true[-1] + ρ) / (true[0] + ρ)))
 
 
-def covariance(module, x):
-    """A = E[a aᵀ] of one batch by explicit patches, float64: (d, d); groups = 1."""
-    if isinstance(module, nn.Conv2d):
-        a = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        a = a.transpose(1, 2).flatten(0, 1)                     # (B·oH·oW, C·kh·kw)
-    else:
-        a = x.flatten(0, -2)
-    a = a if module.bias is None else F.pad(a, (0, 1), value=1.0)
-    return (a.mT @ a).double() / len(a)
-
-
 def train_and_watch(setup, steps):
     """Train; returns {weight: the average of A that the optimizer's sketch is of}, last loss."""
     optimizer, averages = setup.optimizer, {}
     group = optimizer.param_groups[0]
 
-    def watch(module, args):
+    def watch(module, args, output):
         if optimizer.steps % group["tcov"] == 0:
-            A, (old, k) = covariance(module, args[0].detach()), averages.get(module.weight, (0, 0))
-            averages[module.weight] = (running_mean(old, A, k + 1, group["stat_decay"]) if k else A,
-                                       k + 1)
+            x, n = args[0].detach(), module.weight[0].numel()
+            (total, (rows,)), = kfac.linear_or_conv(module, {"x": x}, output, False)
+            d = n + (module.bias is not None)
+            A = symmetric(total, n + 1)[:d, :d].double() / rows
+            old, k = averages.get(module.weight, (A, 0))
+            averages[module.weight] = running_mean(old, A, k + 1, group["stat_decay"]), k + 1
     for module in layers_of(setup.net).values():
-        module.register_forward_pre_hook(watch)
+        module.register_forward_hook(watch)
     *_, (_, loss) = training(setup, steps)
     return {weight: A for weight, (A, _) in averages.items()}, loss
 
