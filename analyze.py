@@ -938,11 +938,11 @@ def gershgorin(args):
         *axes, shares = picture.subplots(1, 3)
         for axis, factor in zip(axes, "HS"):
             M = matrices[layer, factor]
-            centres, radii = gershgorin_discs(M)
-            zeros = torch.zeros_like(centres)
+            centres, radii = (x.numpy() for x in gershgorin_discs(M))
+            zeros = 0 * centres
             axis.add_collection(EllipseCollection(
                 2 * radii, 2 * radii, zeros, units="xy", array=radii, facecolor="none", lw=0.6,
-                offsets=torch.stack([centres, zeros], 1), offset_transform=axis.transData))
+                offsets=list(zip(centres, zeros)), offset_transform=axis.transData))
             axis.plot(torch.linalg.eigvalsh(M), zeros, "k|", ms=9, label="eigenvalues")
             axis.plot(centres, zeros, "r.", ms=3, label="centres M_ii")
             axis.axvline(0, color="k", ls=":", lw=1)
