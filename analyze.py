@@ -623,7 +623,8 @@ def publish(args, setup, when, caption, columns, rows, shown, size, draw):
     draw(picture)
     picture.supxlabel(textwrap.fill(caption, int(size[0] * 15.5)), fontsize=8, x=0.01, ha="left")
     picture.savefig(buffer, format="png")
-    image = Image.open(buffer).convert("RGB").quantize(128)      # a third of the bytes
+    image = Image.open(buffer).convert("RGB")           # 256 colours are a third of the bytes
+    image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)
     write_file(folder / f"{name}.png", lambda file: image.save(file, "PNG", optimize=True))
     print(folder / f"{name}.png")
     return folder / name, caption
