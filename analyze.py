@@ -637,7 +637,7 @@ def finish(axis, xlabel, ylabel, title=None):
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, framealpha=0.5)
 
 
 def by_layer(axis, names, ylabel, *series):
@@ -988,7 +988,7 @@ def perturb(args):
             axis.axhline(1, color="k", ls=":", label="the diagonal alone; Kaiser's rule")
             finish(axis, "index, largest first", "eigenvalue (below 1e-5 drawn there)",
                    f"{factor} of {layer} at unit diagonal")
-        by_layer(kept, [row[0] for row in rows if row[1] == "H"], "%", *(
+        by_layer(kept, [row[0] for row in rows if row[1] == "H"], "share, %", *(
             series for factor, marks in (("H", "os"), ("S", "x+")) for series in (
                 ([100 * row[3] / row[2] for row in rows if row[1] == factor], marks[0],
                  f"{factor}: eigenvalues above 1"),
