@@ -589,9 +589,12 @@ def print_table(columns, rows):
 def write_csv(path, caption, args, columns, rows):
     """The caption, the command and torch's version as comments, then the header and the rows."""
     head = [caption, shlex.join(["python", "analyze.py", *args.argv]), f"torch {torch.__version__}"]
-    lines = [f"# {line}" for line in head] + [",".join(columns)]
-    lines += [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row) for row in rows]
-    write_file(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    content = io.StringIO()
+    content.writelines(f"# {line}\n" for line in head)
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
+    write_file(path, lambda file: file.write(content.getvalue().encode()))
 
 
 def publish(args, setup, when, caption, columns, rows, shown, size, draw):
@@ -1108,7 +1111,8 @@ def run_ends(args):
         start = flat(net)
         net.load_state_dict(saved["model"])
         paths.append([(0, start), (saved["epoch"], flat(net))])
-    return dict(zip(labels(args.runs), paths)), Setup(data, config | dict(optim="runs"), net, optimizer)
+    setup = Setup(data, config | dict(optim="runs"), net, optimizer)
+    return dict(zip(labels(args.runs), paths)), setup
 
 
 def nystrom(args):
@@ -1116,8 +1120,8 @@ def nystrom(args):
 
     λ₁ is the largest eigenvalue of the covariance A that was averaged, λ̂₁ that of the sketch Â;
     the smallest eigenvalue of the preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁),
-    where 1 would be plain SGD; and the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A, beside
-    that of A + ρI in brackets.
+    where 1 would be plain SGD; and the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A,
+    beside that of A + ρI in brackets.
     """
     setup = set_up(args)
     ρ, rank, sketch = (setup.config[name] for name in ("damping", "rank", "sketch"))
