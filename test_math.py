@@ -4805,6 +4805,9 @@ def test_analyze_refuses():
                         (["spectrum"], ("spectrum",)), ([], ("FIGURE",))):
         raises(analyze.UsageError, words, lambda: analyze.parse(argv))
     assert analyze.parse(["nystrom", "--output-dir", "x", "--rank", "3"]).output_dir == "x"
+    for flags, lr in (("mean", 0.01), ("mean --lr 0.1", 0.1), ("mean --optim mac", None),
+                      ("effect --optim sgd", None)):
+        assert analyze.parse(flags.split()).lr == lr, flags
 
 
 if __name__ == "__main__":
