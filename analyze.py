@@ -223,7 +223,8 @@ def multiplier(optimizer, module):
         U = state["U"]
         values = F.pad(state["eigenvalues"], (0, U.shape[1] - U.shape[2]))
     elif "factor" in state:
-        values = torch.linalg.eigvalsh(state["factor"] @ state["factor"].mT) - damping
+        L = state["factor"].double()     # float32 LAPACK gives up on some matrices with many zeros
+        values = torch.linalg.eigvalsh(L @ L.mT) - damping
         values, scale = values.clamp(min=0), damping if isinstance(optimizer, MAC) else 1.0
     else:
         values = None
@@ -236,7 +237,8 @@ def multiplier(optimizer, module):
 def kfac_multiplier(state, damping):
     """multiplier() for (P + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹, or the eigen form, from K-FAC's state."""
     if "factor" in state:
-        A, P = (torch.linalg.eigvalsh(L @ L.mT) for L in (state["factor"], state["output_factor"]))
+        A, P = (torch.linalg.eigvalsh(L @ L.mT) for L in
+                (state["factor"].double(), state["output_factor"].double()))
         damped = A.unsqueeze(2) * P.unsqueeze(1)
     else:
         A, P = state["values"], state["output_values"]
