@@ -5,7 +5,7 @@
 
 Each line names an equation or a property and gives the measured error beside its tolerance.
 Sections: the runner, tools, MAC, what holds for every optimizer, models.py, FOOF, K-FAC, NysAct,
-AdaFisher.
+AdaFisher, analyze.py.
 """
 import contextlib
 import copy
