@@ -43,6 +43,11 @@ WATCHED = (("Hook", "record", "statistics"), (None, "output_gram", "statistics")
            (None, "output_squares", "statistics"), ("class", "update_statistics", "statistics"),
            ("class", "refresh", "factorisation"))
 
+# The exponents of d in the operations of PARTS, for a layer d → d: R·d, R·d·r or R·d² for the
+# statistics of R rows; nothing, d·r² or d³; d², d²·r or d³. SGD reads and writes d² numbers.
+COUNTED = {"mac": (1, 0, 2), "nysact": (1, 1, 2), "foof": (2, 3, 3), "kfac": (2, 3, 3),
+           "adafisher": (1, 1, 2), "adafisherw": (1, 1, 2)}
+
 
 class Clock:
     """Adds up the time of nested spans, each without the spans inside it."""
@@ -100,9 +105,9 @@ def watch_all(clock, optims):
                 clock.watch(owners[owner], name, part)
 
 
-def make(optim, net, args):
+def make(optim, net, args, **flags):
     """The optimizer with its published options, but for the periods given and the learning rate."""
-    flags = {name: value for name, value in RECIPES[optim].items() if name != "calibrate"}
+    flags |= {name: value for name, value in RECIPES[optim].items() if name != "calibrate"}
     for name in ("tcov", "tinv"):
         if name in flags and getattr(args, name):
             flags[name] = getattr(args, name)
@@ -204,9 +209,10 @@ def state_numbers(optimizer):
 
 
 def bench_scaling(args):
-    """Rows of the table: one dict per optimizer, layer and size, then one with the exponents.
+    """Rows of the table: one dict per optimizer, layer and size, then the exponents, as fitted and
+    as counting operations has them for large sizes.
 
-    One layer, its input and the gradient of its output given; the step in which all is due.
+    One layer, hidden in MAC's sense, its input and loss given; the step in which all is due.
     """
     def linear(d):
         return nn.Linear(d, d, bias=False), torch.randn(256, d)
@@ -233,6 +239,11 @@ def bench_scaling(args):
             rows.append(dict(optimizer=optim, layer=what, size="exponent") | {
                 part: exponent(sizes[2:], [parts[optim][part] for parts in found[2:]])
                 for part in PARTS})
+            counted = COUNTED.get(optim, (0, 0, 2))
+            if build is resolution:      # the weight stays as it is, and the rows are its pixels
+                counted = (2 if optim in COUNTED else 0, 0, 0)
+            rows.append(dict(optimizer=optim, layer=what, size="counted")
+                        | dict(zip(PARTS, counted)))
     return rows
 
 
@@ -240,8 +251,9 @@ def one_layer(clock, layer, x, args, repeats=3):
     """{optimizer: {part: median seconds of a step in which all is due}}."""
     medians = {}
     for clock.optim in args.optim:
-        net = copy.deepcopy(layer)
-        optimizer, seconds = make(clock.optim, net, args), []
+        net, seconds = copy.deepcopy(layer), []
+        hidden = dict(input_covariance=False) if clock.optim == "mac" else {}
+        optimizer = make(clock.optim, net, args, **hidden)
         for _ in range(1 + repeats):          # the first takes memory and chooses kernels
             if clock.optim in FILES:
                 optimizer.steps = 0
@@ -280,7 +292,7 @@ def show_scaling(rows):
           "size,\nfitted to the three largest\noptimizer   layer                     size  "
           "statistics  factorisation  application")
     for row in rows:
-        unit = 1 if row["size"] == "exponent" else 1e3
+        unit = 1e3 if isinstance(row["size"], int) else 1
         print(f"{row['optimizer']:<10}  {row['layer']:<21} {row['size']:>8}"
               + "".join(f"{unit * row[part]:{width}.2f}" for part, width
                         in zip(PARTS, (12, 15, 13))))
