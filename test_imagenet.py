@@ -7,7 +7,9 @@ processes that are started once; only a few checks pay for torchrun.
 """
 import contextlib
 import csv
+import datetime
 import functools
+import gc
 import hashlib
 import importlib.util
 import io
@@ -473,11 +475,20 @@ OPTIMIZERS = list(train_imagenet.RECIPES["timm"])
 # For processes that do not know the networks of the tests.
 DEIT = SMALL.replace("deit_test", "deit_tiny_patch16_224") + (
     " -b 4 --dummy 64 --print-freq 1 --mixup 0.2 --model-ema")
+PATIENCE = datetime.timedelta(seconds=120)     # more than all jobs of two ranks take
 EVAL = "--model resnet_test --train-crop-size 32 --val-resize-size 32 --val-crop-size 32 --epochs 1"
 
 
+# What goes wrong on one rank alone, and the exit status of each: only --test_only's failure is in
+# the midst of work, and ends the other rank by the loss of its connection.
+WRONG = {"unreadable": [1, 2], "missing": [2, 2, 2], "moved-3 refused": [2, 2]}
+
+
 def jobs():
-    """{name: (ranks, flags, step at which the last rank gets a SIGTERM or None)}"""
+    """{name: (ranks, flags, step at which the last rank gets a SIGTERM or None)}
+
+    RANK in the flags is each rank's own number.
+    """
     todo = {}
     for optim in OPTIMIZERS:
         lr = "--lr 0.001" if optim.startswith("ada") else ""
@@ -499,21 +510,45 @@ def jobs():
     todo["moved-3 resumed"] = (2, f"{SMALL} -b 6 --opt mac --resume", None)
     todo["moved-3 refused"] = (2, f"{SMALL} -b 6 --opt mac", None)
     todo["deit"] = (2, DEIT, None)
+    own = f"{SMALL.replace('--dummy 36', '')} -b 2 --data-path data-RANK"
+    todo["missing"] = (3, own, None)                            # there is data-0 and data-1
+    if importlib.util.find_spec("PIL") is not None:
+        todo["unreadable"] = (2, f"{own.replace('RANK', 'bad')} --test-only --pretrained bad.pt",
+                              None)
     return todo
+
+
+def own_data(root):
+    """What the jobs of WRONG read: two packed folders, and eight images, the last one damaged."""
+    for rank, count in enumerate((8, 10)):
+        (root / f"data-{rank}").mkdir()
+        for split in ("train", "val"):
+            about = dict(count=count, size=16, classes=["0", "1"])
+            source = datasets.dummy_images(count, 16, 2)
+            datasets.write_packed(root / f"data-{rank}", split, source, about, 0)
+    for i in range(8):
+        file = root / "data-bad" / "val" / str(i // 4) / f"{i}.ppm"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"P6 16 16 255 " + bytes(16 * 16 * 3) if i < 7 else b"no image")
+    model = train_imagenet.make_model(dict(config_of(SMALL), classes=2), torch.device("cpu"))
+    torch.save(model.state_dict(), root / "bad.pt")
 
 
 def one_rank(rank, world, root):
     """What each process runs: all jobs, after each of which it notes what it saw."""
     os.chdir(root)
     torch.set_num_threads(1)
+    for name in ("init_process_group", "new_group"):       # a rank that waits for ever fails
+        setattr(dist, name, functools.partial(getattr(dist, name), timeout=PATIENCE))
     seen = {}
     for name, (ranks, flags, sigterm) in jobs().items():
         if rank < ranks:
             port = Path(root, "ports").read_text().split()[list(jobs()).index(name)]
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            argv = f"{flags} --output-dir {name.split()[0]}"
+            argv = f"{flags.replace('RANK', str(rank))} --output-dir {name.split()[0]}"
             seen[name] = watch(argv, sigterm if rank == ranks - 1 else None)
+            gc.collect()               # nothing is to hold a connection open that the next closes
             if dist.is_initialized():
                 dist.destroy_process_group()
     torch.save(seen, f"{rank}.pt")
@@ -576,15 +611,17 @@ def ranks():
         method = "forkserver"
         multiprocessing.get_context(method).set_forkserver_preload(["test_imagenet"])
     root = tempfile.TemporaryDirectory()
+    own_data(Path(root.name))
     Path(root.name, "ports").write_text(" ".join(str(free_port()) for _ in jobs()))
     multiprocessing.start_processes(one_rank, (3, root.name), 3, start_method=method)
     seen = [torch.load(Path(root.name, f"{rank}.pt")) for rank in range(3)]
     for name in jobs():
         for rank, result in enumerate(seen):
             if name in result:
-                want = 143 if jobs()[name][2] else 2 if "refused" in name else 0
+                want = WRONG[name][rank] if name in WRONG else 143 if jobs()[name][2] else 0
                 assert result[name]["status"] == want, (name, rank, result[name])
-                assert rank == 0 or not result[name]["out"] + result[name]["err"], result[name]
+                silent = not result[name]["out"] + result[name]["err"]
+                assert silent or rank == 0 or name == "unreadable", result[name]
     return seen, Path(root.name), root
 
 
@@ -596,7 +633,7 @@ def test_ranks_agree():
         for other in seen[1:]:
             if name in other:
                 assert result["digests"] == other[name]["digests"], name
-                assert result["digests"] or "refused" in name
+                assert result["digests"] or name in WRONG
                 checked += len(result["digests"])
     print(f"    {checked} comparisons in {len(seen[0])} runs")
 
@@ -655,6 +692,18 @@ def test_sigterm_on_one_rank():
     a, b = (checkpoint(root / name) for name in ("stopped-2", "straight-2"))
     for part in ("model", "ema", "optimizer"):
         assert same_bits(a[part], b[part]), part
+
+
+def test_wrong_on_one_rank():
+    """What only one rank can find wrong ends all of them, and the sentence is said."""
+    seen, *_ = ranks()
+    messages = {"missing": (0, "data-2 is not a folder"), "unreadable": (1, "7.ppm is not an image")}
+    for name, (rank, words) in messages.items():
+        if name not in seen[0]:
+            skip("Pillow is not installed (pip install pillow)")
+        message = seen[rank][name]["err"]
+        assert words in message and len(message.splitlines()) == 1, message
+        print(f"    {message.strip()}")
 
 
 def same_bits(a, b):

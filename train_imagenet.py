@@ -462,17 +462,25 @@ def start_ranks(args):
     return Ranks(rank, world, device, dist.new_group(backend="gloo"))
 
 
+def gather(ranks, value):
+    """[value of rank 0, value of rank 1, ...] on every rank, of anything that pickle takes."""
+    values = [value] * ranks.world
+    if ranks.group is not None:
+        dist.all_gather_object(values, value, group=ranks.group)
+    return values
+
+
 def together(ranks, work):
-    """What work() returns; if it fails on any rank, the same UsageError on all of them."""
+    """What work() returns; if it fails on any rank, the same UsageError on all of them.
+
+    A rank that fails waits here for the others, so nothing in work() may wait for another rank.
+    """
     result = problem = None
     try:
         result = work()
     except (UsageError, datasets.DataError, OSError) as error:
         problem = str(error)
-    if ranks.group is not None:
-        problems = [None] * ranks.world
-        dist.all_gather_object(problems, problem, group=ranks.group)
-        problem = next(filter(None, problems), None)
+    problem = next(filter(None, gather(ranks, problem)), None)
     if problem is not None:
         raise UsageError(problem)
     return result
@@ -654,20 +662,25 @@ def make_optimizer(model, config, scaler):
 
 
 def build(config, ranks, stop, train, test, finish, print_freq=50):
-    """Model, moving average and optimizer, hooked before the model is wrapped and compiled."""
+    """Model, moving average and optimizer, which hooks the model before it is wrapped."""
     model = make_model(config, ranks.device)
     ema = EMA(model, config, ranks.world) if config["model_ema"] else None
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config["amp_dtype"] == "float16")
     optimizer = make_optimizer(model, config, scaler)
-    step_model, ddp = model, None
-    if ranks.world > 1:
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        step_model = ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-    if config["compile"]:
-        step_model = torch.compile(step_model)
     stop.group = ranks.group
-    return Run(config, ranks, stop, train, test, finish, model, step_model, ddp, ema, optimizer,
+    return Run(config, ranks, stop, train, test, finish, model, model, None, ema, optimizer,
                scaler, print_freq)
+
+
+def wrap(run):
+    """The run with its model in DDP, which waits for all ranks, and compiled."""
+    step_model, ddp, device = run.model, None, run.ranks.device
+    if run.ranks.world > 1:
+        devices = [device] if device.type == "cuda" else None
+        step_model = ddp = nn.parallel.DistributedDataParallel(run.model, device_ids=devices)
+    if run.config["compile"]:
+        step_model = torch.compile(step_model)
+    return run._replace(step_model=step_model, ddp=ddp)
 
 
 def logits_of(run, model, x):
@@ -738,10 +751,7 @@ class Progress:
 
     def saved(self, run):
         """For a checkpoint, with the sums of all ranks."""
-        sums = [self.sums.tolist()] * run.ranks.world
-        if run.ranks.group is not None:
-            dist.all_gather_object(sums, self.sums.tolist(), group=run.ranks.group)
-        return self.step, self.seconds, self.waited, sums
+        return self.step, self.seconds, self.waited, gather(run.ranks, self.sums.tolist())
 
     def means(self, run):
         """Over all ranks: loss, accuracy in per cent, images. Makes the hosts wait for the GPUs."""
@@ -996,26 +1006,30 @@ def prepare(args, ranks, stop):
 
 def begin(run, folder, args, command):
     """Restore what the folder holds, or make it: the rows of the log and the epoch's Progress."""
-    rows, progress, checkpoint = [], None, folder / "checkpoint.pt"
-    there = [checkpoint.exists()] * run.ranks.world
-    if run.ranks.group is not None:
-        dist.all_gather_object(there, checkpoint.exists(), group=run.ranks.group)
+    checkpoint = folder / "checkpoint.pt"
+    there = gather(run.ranks, os.path.exists(checkpoint))
     if len(set(there)) > 1:
         raise UsageError(f"{checkpoint} is there for some processes only: --output_dir is to be in "
                          "a place that all machines share")
-    if there[0]:
-        rows, progress = load_checkpoint(checkpoint, run)
+    return together(run.ranks, lambda: restore(run, folder, there[0], args.resume, command))
+
+
+def restore(run, folder, there, resume, command):
+    """What begin does on its rank. there: whether there is a checkpoint."""
+    rows, progress = [], None
+    if there:
+        rows, progress = load_checkpoint(folder / "checkpoint.pt", run)
     elif run.ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         facts = dict(run.config, device=str(run.ranks.device), torch=torch.__version__,
                      command=command, optimizer=repr(run.optimizer).splitlines())
         facts = json.dumps(facts, indent=1, ensure_ascii=False).encode()
         write_file(folder / "config.json", lambda file: file.write(facts))
-    if run.ranks.rank == 0 and there[0]:
+    if run.ranks.rank == 0 and there:
         write_log(folder, rows)
         print(f"resumed after epoch {len(rows)} of {run.config['epoch']}"
               + (f" and {progress.step} steps" if progress else ""), flush=True)
-    elif run.ranks.rank == 0 and args.resume:
+    elif run.ranks.rank == 0 and resume:
         print(f"--resume: no checkpoint in {folder}, so this run starts anew", flush=True)
     return rows, progress
 
@@ -1035,24 +1049,31 @@ def calibrate(run):
     run.optimizer.calibrate(inputs())
 
 
+def load_weights(run, folder):
+    """Put the folder's checkpoint into the model; its moving average as another one, or None."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise UsageError(f"--test_only: there is no checkpoint in {folder}; name its folder with "
+                         "--output_dir, or weights with --pretrained")
+    saved, ema = read_checkpoint(path), None
+    try:
+        run.model.load_state_dict(saved["model"])
+        if saved["ema"]:
+            ema = copy.deepcopy(run.model)
+            ema.load_state_dict(saved["ema"]["model"])
+    except RuntimeError as error:
+        raise UsageError(f"{path} does not fit {run.config['model']} with "
+                         f"{run.config['classes']} classes ({str(error).splitlines()[0]})")
+    return ema
+
+
 def test_only(run, folder):
     """Accuracy of --pretrained, or of the checkpoint in the folder and its moving average."""
-    results = {}
+    results, ema = {}, None
     if not run.config["pretrained"]:
-        path = folder / "checkpoint.pt"
-        if not path.exists():
-            raise UsageError(f"--test_only: there is no checkpoint in {folder}; name its folder "
-                             "with --output_dir, or weights with --pretrained")
-        saved = read_checkpoint(path)
-        try:
-            run.model.load_state_dict(saved["model"])
-            if saved["ema"]:
-                ema = copy.deepcopy(run.model)
-                ema.load_state_dict(saved["ema"]["model"])
-                results = dict(zip(("ema_loss", "ema_acc", "ema_top5"), evaluate(run, ema, "ema")))
-        except RuntimeError as error:
-            raise UsageError(f"{path} does not fit {run.config['model']} with "
-                             f"{run.config['classes']} classes ({str(error).splitlines()[0]})")
+        ema = together(run.ranks, lambda: load_weights(run, folder))
+    if ema is not None:
+        results.update(zip(("ema_loss", "ema_acc", "ema_top5"), evaluate(run, ema, "ema")))
     results.update(zip(("test_loss", "test_acc", "test_top5"), evaluate(run, run.model, "test")))
     return results
 
@@ -1063,11 +1084,12 @@ def launch(args, argv, stop):
     run, folder = together(ranks, lambda: prepare(args, ranks, stop))
     command = shlex.join(["train_imagenet.py", *argv])
     if args.test_only:
-        results = together(ranks, lambda: test_only(run, folder))
+        results = test_only(run, folder)
     else:
         if ranks.rank == 0:
             describe(run.model, run.optimizer, run.config, ranks.device)
-        rows, progress = together(ranks, lambda: begin(run, folder, args, command))
+        run = wrap(run)
+        rows, progress = begin(run, folder, args, command)
         if run.config.get("calibrate") and not rows and not progress:
             calibrate(run)
         if ranks.device.type == "cuda":
