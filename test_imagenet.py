@@ -481,7 +481,7 @@ EVAL = "--model resnet_test --train-crop-size 32 --val-resize-size 32 --val-crop
 
 # What goes wrong on one rank alone, and the exit status of each: only --test_only's failure is in
 # the midst of work, and ends the other rank by the loss of its connection.
-WRONG = {"unreadable": [1, 2], "missing": [2, 2, 2], "moved-3 refused": [2, 2]}
+WRONG = {"unreadable": [1, 2], "missing": [2, 2, 2], "differing": [2, 2], "moved-3 refused": [2, 2]}
 
 
 def jobs():
@@ -512,6 +512,7 @@ def jobs():
     todo["deit"] = (2, DEIT, None)
     own = f"{SMALL.replace('--dummy 36', '')} -b 2 --data-path data-RANK"
     todo["missing"] = (3, own, None)                            # there is data-0 and data-1
+    todo["differing"] = (2, own, None)                          # of 8 and 10 images
     if importlib.util.find_spec("PIL") is not None:
         todo["unreadable"] = (2, f"{own.replace('RANK', 'bad')} --test-only --pretrained bad.pt",
                               None)
@@ -697,7 +698,9 @@ def test_sigterm_on_one_rank():
 def test_wrong_on_one_rank():
     """What only one rank can find wrong ends all of them, and the sentence is said."""
     seen, *_ = ranks()
-    messages = {"missing": (0, "data-2 is not a folder"), "unreadable": (1, "7.ppm is not an image")}
+    messages = {"missing": (0, "data-2 is not a folder"),
+                "differing": (0, "train_size (8 on rank 0, 10 on rank 1)"),
+                "unreadable": (1, "7.ppm is not an image")}
     for name, (rank, words) in messages.items():
         if name not in seen[0]:
             skip("Pillow is not installed (pip install pillow)")

@@ -486,6 +486,20 @@ def together(ranks, work):
     return result
 
 
+def agree(ranks, facts):
+    """Raise UsageError on all ranks unless the facts, a dict, are the same on all of them.
+
+    With other counts of images they would take other numbers of steps, and wait for ever.
+    """
+    first, *others = gather(ranks, facts)
+    for rank, other in enumerate(others, 1):
+        differ = [f"{name} ({first[name]} on rank 0, {other[name]} on rank {rank})"
+                  for name in first if first[name] != other[name]]
+        if differ:
+            raise UsageError(f"the processes differ in {', '.join(differ)}: give all of them the "
+                             "same command and the same images")
+
+
 class Stop:
     """SIGTERM and SIGINT. Within `with stop:` they are noted, elsewhere they end the program.
 
@@ -1082,6 +1096,7 @@ def launch(args, argv, stop):
     """The whole command on this rank."""
     ranks = start_ranks(args)
     run, folder = together(ranks, lambda: prepare(args, ranks, stop))
+    agree(ranks, dict(run.config, test_size=run.test.count))
     command = shlex.join(["train_imagenet.py", *argv])
     if args.test_only:
         results = test_only(run, folder)
