@@ -1292,6 +1292,17 @@ def obey_parent():
     os._exit(0)
 
 
+def check_workers(error):
+    """Raise DataError if a RuntimeError is torch's word that a worker was killed.
+
+    torch raises it in the main thread wherever that is, so also outside of the loader.
+    """
+    if str(error).startswith("DataLoader worker (pid"):
+        raise DataError("a process that loads images was ended from outside, mostly for lack of "
+                        "memory or of shared memory (/dev/shm); use fewer workers or smaller "
+                        "batches.") from error
+
+
 class ImageLoader:
     """Batches (images (B, 3, h, w) uint8, labels (B,) int64) of one rank, on the CPU.
 
@@ -1354,11 +1365,8 @@ class ImageLoader:
                     raise DataError(str(batch))  # a new one: `batch` would hold this frame
                 yield tuple(batch)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise DataError("a process that loads images was ended from outside, mostly for lack "
-                            "of memory or of shared memory (/dev/shm); use fewer workers or "
-                            "smaller batches.") from error
+            check_workers(error)
+            raise
 
 
 # ---------------------------------------------------------------- on the device

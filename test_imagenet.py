@@ -422,6 +422,17 @@ def test_used_folder():
         assert "damaged" in err and len(err.splitlines()) == 1, err
 
 
+def test_killed_worker():
+    """A worker that is killed while the main process trains, and so is not in the loader."""
+    def kill(run, *_):
+        run.train.loader._iterator._workers[0].kill()
+        time.sleep(10)                         # torch's handler of SIGCHLD ends this
+
+    with folder() as tmp, mock.patch.object(train_imagenet, "train_step", kill):
+        _, err = main(f"{SMALL} -b 4 --workers 1 --output-dir {tmp}", status=2)
+    assert "fewer workers" in err and len(err.splitlines()) == 1, err
+
+
 def test_divergence():
     with folder() as tmp:
         for optim in ("sgd", "mac"):

@@ -1166,7 +1166,11 @@ def main(argv):
                     summary = smoke(stop)
                 print(summary)
             else:
-                launch(args, argv, stop)
+                try:
+                    launch(args, argv, stop)
+                except RuntimeError as error:
+                    datasets.check_workers(error)
+                    raise
         return 0
     except KeyboardInterrupt as interrupt:
         number, where = interrupt.args
