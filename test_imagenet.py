@@ -209,6 +209,7 @@ def test_aliases():
 
 
 def test_wrong_commands():
+    resnet = "--model resnet_test --val-resize-size 16 --val-crop-size 16 "
     dummy = "--dummy 8 --device cpu --workers 0 --model deit_test --img-size 16 --crop-pct 1 -b 4 "
     wrong = {
         "--lr -1": "--lr", "--epochs 0": "--epoch", "--damping 0": "--damping", "--mixup -1":
@@ -224,6 +225,7 @@ def test_wrong_commands():
         dummy + "--pretrained nowhere.pt": "nowhere.pt",
         dummy + "--test-only": "checkpoint", dummy + "--aa nonsense": "nonsense",
         dummy + "--model swin_tiny_patch4_window7_224 --img-size 40": "40",
+        dummy + resnet + "--dummy 9": "one image", dummy + resnet + "-b 1": "one image",
     }
     if not torch.cuda.is_available():
         wrong["--dummy 8 --device cuda"] = "--device cuda"

@@ -994,6 +994,15 @@ def open_loaders(args, config, ranks, training, test):
     return train, datasets.ImageLoader(test, transform, config["batch_size"], train=False, **same)
 
 
+def check_last_batch(config, train):
+    """Refuse what BatchNorm cannot normalise in training: one image, whose last map is 1 × 1."""
+    small = config["recipe"] == "torchvision" and config["train_crop_size"] <= 32
+    if small and train is not None and len(train.plan[-1][0]) == 1:
+        raise UsageError(f"--batch_size {config['batch_size']} leaves one image for the last batch "
+                         f"of a process, and BatchNorm needs two where {config['model']} is given "
+                         f"{config['train_crop_size']} pixels: choose another batch size")
+
+
 def prepare(args, ranks, stop):
     """Everything that can be wrong with a command: the Run, its folder, its log, its Progress."""
     config = resolve(args, ranks)
@@ -1008,6 +1017,7 @@ def prepare(args, ranks, stop):
         mixup_prob=config["mixup_prob"], switch_prob=config["mixup_switch_prob"],
         smoothing=config["label_smoothing"])
     loaders = open_loaders(args, config, ranks, training, test)
+    check_last_batch(config, loaders[0])
     if ranks.rank == 0:
         for source, split in ((training, "training"), (test, "test")):
             if source is not None:
