@@ -225,6 +225,7 @@ def test_wrong_commands():
         dummy + "--pretrained nowhere.pt": "nowhere.pt",
         dummy + "--test-only": "checkpoint", dummy + "--aa nonsense": "nonsense",
         dummy + "--model swin_tiny_patch4_window7_224 --img-size 40": "40",
+        dummy + "--scale 1 0.5": "first", dummy + "--ratio 1.5 0.5": "--ratio",
         dummy + resnet + "--dummy 9": "one image", dummy + resnet + "-b 1": "one image",
     }
     if not torch.cuda.is_available():

@@ -393,6 +393,10 @@ def check(args, config):
     if timm and config["batch_size"] % 2 and (args.mixup or args.cutmix):
         raise UsageError(f"--batch_size {config['batch_size']}: mixup and cutmix in the recipe of "
                          "DeiT and Swin need an even number")
+    for name in ("scale", "ratio"):
+        least, largest = config[name]
+        if least > largest:
+            raise UsageError(f"--{name} {least} {largest}: the smaller number is to come first")
     if args.amp_dtype and not args.amp:
         raise UsageError("--amp_dtype is to be given together with --amp")
     if config["world"] == 1 and (args.ra_sampler or (args.aug_repeats or 0) > 1):
