@@ -34,7 +34,7 @@ import torch.multiprocessing as multiprocessing
 import data as datasets
 import models
 import train_imagenet
-from test_math import close, close_all, run_tests, skip
+from test_math import close, close_all, raises, run_tests, skip
 
 torch.set_num_threads(1)
 # A shell that starts this in the background lets it, and so its children, ignore Ctrl-C.
@@ -230,6 +230,11 @@ def test_wrong_commands():
     }
     if not torch.cuda.is_available():
         wrong["--dummy 8 --device cuda"] = "--device cuda"
+    for script in ("train_imagenet", "train_cifar", "train_lm"):
+        parse = importlib.import_module(script).parse
+        assert parse(["--run", "2147483647"])
+        raises(train_imagenet.UsageError, ["from 0 to 2147483647"],
+               lambda: parse(["--run", "2147483648"]))
     with folder() as tmp:
         for command, word in wrong.items():
             _, err = main(f"{command} --output-dir {tmp / 'run'}", status=2)

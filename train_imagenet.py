@@ -55,9 +55,9 @@ from tqdm import tqdm
 
 import data as datasets
 from models import IMAGENET_MODELS, load_pretrained
-from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, Diverged,
-                         Parser, UsageError, describe, number, optimizer_class, peak_memory,
-                         state_bytes, write_file)
+from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
+                         Diverged, Parser, UsageError, describe, number, optimizer_class,
+                         peak_memory, state_bytes, write_file)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's pixels, for all models
 
@@ -187,7 +187,7 @@ def add_run_flags(flag, group):
          help="begin with these weights: a checkpoint.pt, or torchvision's or timm's file")
     flag(group, "optim", "--opt", default="mac", choices=list(RECIPES["timm"]), metavar="NAME",
          help="%(choices)s")
-    flag(group, "seed", "--run", default=0, type=COUNT_OR_ZERO, metavar="SEED",
+    flag(group, "seed", "--run", default=0, type=SEED, metavar="SEED",
          help="of everything random")
 
 
