@@ -1139,7 +1139,7 @@ def operate(image, name, value=None, interpolation="bilinear", fill=(0, 0, 0)):
     if name == "invert":
         table = [255 - v for v in levels]
     elif name == "posterize":  # a mask, since Pillow's own refuses 0 bits, which are black
-        table = [v & ~((1 << (8 - value)) - 1) for v in levels]
+        table = [v & ~((1 << max(0, 8 - value)) - 1) for v in levels]
     elif name == "solarize":
         table = [v if v < value else 255 - v for v in levels]
     elif name == "solarize_add":

@@ -811,7 +811,7 @@ def by_formula(name, value, x, fill):
             "color": lambda: blend(grey[..., None].astype(np.float32)),
             "contrast": lambda: blend(np.float32(int(grey.mean() + 0.5))),
             "sharpness": sharpness, "autocontrast": autocontrast, "equalize": equalize,
-            "posterize": lambda: x & (256 - 2 ** (8 - value)),
+            "posterize": lambda: x // 2.0 ** (8 - value) * 2.0 ** (8 - value),
             "solarize": lambda: np.where(x < value, x, 255 - x),
             "solarize_add": lambda: np.where(x < 128, np.minimum(x + value, 255), x),
             "rotate": rotate,
@@ -827,7 +827,7 @@ def test_images_operations():
     factors, slopes, pixels = (0.1, 0.19, 1, 1.81, 1.99), (-0.99, -0.27, 0.297), (-32, 0, 12.71, 90)
     values = {"identity": [None], "autocontrast": [None], "equalize": [None], "invert": [None],
               "brightness": factors, "color": factors, "contrast": factors, "sharpness": factors,
-              "posterize": range(9), "solarize": (0, 26, 127.5, 255, 256),
+              "posterize": (-4, *range(9), 12), "solarize": (0, 26, 127.5, 255, 256),
               "solarize_add": (0, 99, 128), "rotate": (-135, -27, 4.5, 30), "shear_x": slopes,
               "shear_y": slopes, "translate_x": pixels, "translate_y": pixels}
     assert set(values) == set(data.TRIVIAL_AUGMENT) | set(data.RAND_AUGMENT)
