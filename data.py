@@ -929,9 +929,17 @@ def is_timm(recipe):
     return recipe == "timm"
 
 
+def seed_sequence(*numbers):
+    """A numpy SeedSequence from non-negative integers; how many there are counts too.
+
+    numpy fills up with zeros, so that without their count (3, 1) would be the same as (3, 1, 0).
+    """
+    return np.random.SeedSequence((*numbers, len(numbers)))
+
+
 def random_state(*numbers):
     """A numpy Generator that depends on these non-negative integers and nothing else."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(numbers)))
+    return np.random.Generator(np.random.PCG64(seed_sequence(*numbers)))
 
 
 def open_images(root, split, classes=None):

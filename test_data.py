@@ -536,6 +536,14 @@ def test_images_order():
     assert shards == [[1], [1], [1], []]
 
 
+def test_images_random_state():
+    """Numbers of another length are another stream; numpy alone takes missing ones for zeros."""
+    streams = [(3,), (3, 0), (3, 0, 0), (3, 0, 0, 0), (0, 3), (3, 2), (3, 1, 2), (3, 1, 2, 0),
+               (3, 1, 2, 4), (3, 1, 2, 3)]
+    first = {int(data.random_state(*numbers).integers(2 ** 62)) for numbers in streams}
+    assert len(first) == len(streams), first
+
+
 def test_images_loader():
     """The same tensors from 0, 1 and 3 workers and after a resume; nothing is drawn elsewhere."""
     source = data.dummy_images(50, 24, 7, seed=1)

@@ -281,6 +281,12 @@ def test_learning_rates():
             close(f"{flags.split()[1]}, {method}", ours, want, 1e-12)
 
 
+def test_seeds():
+    seeds = {train_imagenet.seed_of(*numbers) for numbers in (
+        (3,), (3, 0), (3, 0, 0), (3, 0, 0, 0), (0, 0, 0, 3), (3, 1, 0, 0), (3, 1, 0))}
+    assert len(seeds) == 7 and all(0 <= seed < 2 ** 64 for seed in seeds), seeds
+
+
 def test_decay_groups():
     sizes = {"resnet50": (55, 25_503_912, 106, 53_120),
              "resnet101": (106, 44_443_816, 208, 105_344),

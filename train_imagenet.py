@@ -716,7 +716,7 @@ def logits_of(run, model, x):
 
 def seed_of(*numbers):
     """A seed from (seed, epoch, ...), so that no generator's state need ever be saved."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return int(datasets.seed_sequence(*numbers).generate_state(1, np.uint64)[0])
 
 
 def train_step(run, batches, epoch, step):
