@@ -315,23 +315,24 @@ def test_moving_average():
     close("the same, DeiT: 1 - decay", train_imagenet.ema_weight(config_of(DEIT_LINE)), 2e-4, 1e-9)
     config = dict(recipe="torchvision", warmup=1, model_ema_steps=2, model_ema_decay=0.9,
                   global_batch=2, epoch=1)                 # weight 0.1·2·2/1
-    net = torch.nn.BatchNorm1d(3).double()
-    ema = train_imagenet.EMA(net, config, 1)
-    want = None
-    for epoch in range(3):
-        for step in range(5):
-            with torch.no_grad():
-                net.weight.normal_()
-                net.running_var.uniform_()
-                net.num_batches_tracked += 1
-            ema.update(net, epoch, step)
-            if step % 2 == 0:
-                now = torch.stack([net.weight.detach(), net.running_var])
-                copies = epoch == 0 or (epoch, step) == (1, 0)
-                want = now if copies else 0.6 * want + 0.4 * now
-    close("copies in warm-up, then the average, buffers too",
-          torch.stack([ema.model.weight, ema.model.running_var]), want, 1e-14)
-    assert ema.model.num_batches_tracked == net.num_batches_tracked == 15
+    for recipe, weight in (("torchvision", 0.4), ("timm", 0.1)):
+        net = torch.nn.BatchNorm1d(3).double()
+        ema = train_imagenet.EMA(net, dict(config, recipe=recipe), 1)
+        want = torch.stack([net.weight.detach(), net.running_var])
+        for epoch in range(3):
+            for step in range(5):
+                with torch.no_grad():
+                    net.weight.normal_()
+                    net.running_var.uniform_()
+                    net.num_batches_tracked += 1
+                ema.update(net, epoch, step)
+                if step % 2 == 0:
+                    now = torch.stack([net.weight.detach(), net.running_var])
+                    copies = recipe == "torchvision" and (epoch == 0 or (epoch, step) == (1, 0))
+                    want = now if copies else (1 - weight) * want + weight * now
+        close(f"{recipe}: copies in a ResNet's warm-up, then the average, buffers too",
+              torch.stack([ema.model.weight, ema.model.running_var]), want, 1e-14)
+        assert ema.model.num_batches_tracked == net.num_batches_tracked == 15
 
 
 # ---------------------------------------------------------------------------------------------

@@ -630,14 +630,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, epoch, step):
-        """After step `step` of an epoch. The first update is a copy, in a ResNet's warm-up all."""
+        """After step `step` of an epoch.
+
+        The ResNets' first update is a copy, as all are in their warm-up; the others' average holds
+        the initial weights as well.
+        """
         if step % self.config["model_ema_steps"]:
             return
         average_buffers(model, self.world)     # so the averages agree too, and survive on one rank
+        copies = self.config["recipe"] == "torchvision" and not self.updates
         pairs = list(zip((*self.model.parameters(), *self.model.buffers()),
                          (*model.parameters(), *model.buffers())))
         real = [(old, new.detach()) for old, new in pairs if old.is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*real)), self.weight if self.updates else 1.0)
+        torch._foreach_lerp_(*map(list, zip(*real)), 1.0 if copies else self.weight)
         for old, new in pairs:
             if not old.is_floating_point():
                 old.copy_(new)
