@@ -799,7 +799,8 @@ class FolderImages:
                             f"{folder}/<class>/.")
         check_classes(self.classes, classes, folder)
         names, counts = [], []
-        for name in tqdm(self.classes, f"listing {folder}", delay=3, disable=None):
+        quiet = int(os.environ.get("RANK", 0)) > 0 or None     # one bar, and on a terminal only
+        for name in tqdm(self.classes, f"listing {folder}", delay=3, disable=quiet):
             found = list_files(os.path.join(folder, name))
             names += found
             counts.append(len(found))

@@ -983,6 +983,11 @@ def test_images_folders():
             (path / hidden).parent.mkdir(exist_ok=True)
             (path / hidden).write_text("not an image")
         train = data.open_images(path, "train")
+        for rank, quiet in (("0", None), ("1", True)):
+            with mock.patch.dict(os.environ, RANK=rank), mock.patch.object(data, "tqdm") as bar:
+                bar.side_effect = lambda names, *_, **how: names
+                data.open_images(path, "train")
+            assert bar.call_args[1]["disable"] is quiet, (rank, bar.call_args)
         assert train.classes == ["cat", "dog"] and train.kind == "folder"
         assert [os.fsdecode(name) for name in train.names] == [
             "a.JPEG", "b.Jpg", "c.JPEG", "cat_0.jpg", "cat_1.jpg", "d.png", "f.jpg", "g.jpg",
