@@ -77,8 +77,9 @@ FAMILIES = {"resnet": RESNET, "deit": DEIT, "swin": dict(DEIT, drop_path=0.1)}
 # Likewise what an optimizer sets, in each recipe; it takes these flags and no others. mac and
 # nysact are their authors' README lines and code (global batch 1024), kfac on transformers the
 # damping of MAC's authors; sgd is the reference scripts' (global batch 256 | 1024) and adamw DeiT's
-# (Touvron et al. 2021, table 9, batch 1024). foof, kfac and adafisher have no published setting
-# here: what is theirs alone is as in train_cifar.py, the rest as in mac's row.
+# (Touvron et al. 2021, table 9, batch 1024). Else foof, kfac and adafisher have no published values
+# here: foof and kfac have the two CURVATUREs in common with mac, but not its damping and stat_decay
+# for transformers, and the rest is as in train_cifar.py.
 CURVATURE = dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=2e-5,
                  decoupled_weight_decay=True, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
 VIT_CURVATURE = dict(CURVATURE, weight_decay=1e-4, tinv=5)
@@ -310,7 +311,8 @@ def add_image_flags(flag, group):
 def add_machine_flags(flag, group):
     flag(group, "device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
          help="auto takes a GPU where there is one; under torchrun each process takes its own")
-    flag(group, "amp", default=False, switch=True, help="autocast, in training and in testing")
+    flag(group, "amp", default=False, switch=True, help="autocast, in training and in testing; "
+         "without, matrix products and convolutions on a GPU are in TF32 where it has that")
     flag(group, "amp_dtype", choices=("bfloat16", "float16"),
          help="of autocast: without, bfloat16 where the device has it; float16 as published for "
          "DeiT and Swin, with a GradScaler")
