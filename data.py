@@ -923,6 +923,29 @@ class DummyImages:
                              np.uint8).reshape(shape)
 
 
+class FewerImages:
+    """`count` images of another source, evenly spaced, so that sorted classes keep their shares.
+
+    Raises DataError if there are not as many.
+    """
+
+    def __init__(self, source, count):
+        if count > len(source):
+            raise DataError(f"train_size is {count}, but {source.where} has only {len(source)} "
+                            "training images.")
+        self.source, self.indices = source, np.arange(count) * len(source) // count
+        self.labels, self.classes, self.kind = (source.labels[self.indices], source.classes,
+                                                source.kind)
+        self.where = f"of the {len(source)} in {source.where}"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        """Image i, as the source has it."""
+        return self.source.read(self.indices[i])
+
+
 def is_timm(recipe):
     """Whether a recipe is "timm", the transformers', or "torchvision", the ResNets'."""
     if recipe not in ("torchvision", "timm"):

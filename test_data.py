@@ -1008,6 +1008,20 @@ def test_images_folders():
         assert same(want, got)
 
 
+def test_images_fewer():
+    """Evenly spaced in a sorted source: classes keep their shares, and what is read is theirs."""
+    source = data.dummy_images(90, 4, 5)
+    source.labels.sort()
+    for count in (1, 7, 45, 89, 90):
+        fewer = data.FewerImages(source, count)
+        assert len(fewer) == count == len(set(fewer.indices)) and fewer.classes == source.classes
+        share = np.bincount(source.labels) * count / 90
+        assert (abs(np.bincount(fewer.labels, minlength=5) - share) < 1).all(), (count, share)
+        for i, j in enumerate(fewer.indices):
+            assert (fewer.read(i) == source.read(j)).all() and fewer.labels[i] == source.labels[j]
+    print("    " + data_error(lambda: data.FewerImages(source, 91), "91", "90 training images"))
+
+
 def test_images_bad_folders():
     """One sentence for each thing that can be wrong with a folder or a file."""
     Image = needs_pillow()

@@ -226,6 +226,7 @@ def test_wrong_commands():
         dummy + "--test-only": "checkpoint", dummy + "--aa nonsense": "nonsense",
         dummy + "--model swin_tiny_patch4_window7_224 --img-size 40": "40",
         dummy + "--scale 1 0.5": "first", dummy + "--ratio 1.5 0.5": "--ratio",
+        dummy + "--train-size 9": "only 8 training images",
         dummy + resnet + "--dummy 9": "one image", dummy + resnet + "-b 1": "one image",
     }
     if not torch.cuda.is_available():
@@ -386,7 +387,8 @@ def test_options_run():
     """What is off by default: it runs, and is restored by --resume."""
     flags = ("--model resnet_test --val-resize-size 32 --val-crop-size 32 --train-crop-size 32 "
              "-b 8 --model-ema --model-ema-steps 1 --mixup 0.2 --cutmix 1 --random-erase 0.5 "
-             "--channels_last --calibrate --label-smoothing 0.1 --norm-weight-decay 0 --workers 2")
+             "--channels_last --calibrate --label-smoothing 0.1 --norm-weight-decay 0 --workers 2 "
+             "--train-size 24")
     with folder() as tmp:
         out, _ = main(f"{SMALL} {flags} --output-dir {tmp}")
         assert "note" not in out and "ema" in out
@@ -396,6 +398,7 @@ def test_options_run():
         assert result["test_acc"] == float(log[-1]["test_acc"])
         config = json.loads((tmp / "config.json").read_text())
         assert config["model"] == "resnet_test" and config["classes"] == 1000
+        assert config["train_size"] == 24 and "24 training images" in out
         assert sorted(f.name for f in tmp.iterdir()) == ["checkpoint.pt", "config.json", "log.csv"]
         # the checkpoint holds plain things, and is tested and loaded as weights
         only = f"{SMALL} {flags} --calibrate false --test-only --output-dir {tmp}"

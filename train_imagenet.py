@@ -182,6 +182,8 @@ def add_run_flags(flag, group):
     flag(group, "dummy", nargs="?", const=4096, type=COUNT, metavar="N",
          help="train on N random images of 1000 classes instead (without N: 4096), and test on a "
          "quarter as many")
+    flag(group, "train_size", type=COUNT, metavar="N",
+         help="train on N of the images, taken evenly from the sorted list and so from all classes")
     flag(group, "model", default="resnet50", choices=list(IMAGENET_MODELS), metavar="NAME",
          help="%(choices)s")
     flag(group, "pretrained", metavar="FILE",
@@ -977,11 +979,15 @@ def load_checkpoint(path, run):
 def open_sources(args, config):
     """(training images, test images); the former None under --test_only."""
     if args.dummy:
-        return [datasets.dummy_images(count, config["val_resize_size"], 1000, seed)
-                for seed, count in enumerate((args.dummy, max(1, args.dummy // 4)))]
-    training = None if args.test_only else datasets.open_images(args.data_dir, "train")
-    classes = None if training is None else training.classes
-    return training, datasets.open_images(args.data_dir, "val", classes)
+        training, test = (datasets.dummy_images(count, config["val_resize_size"], 1000, seed)
+                          for seed, count in enumerate((args.dummy, max(1, args.dummy // 4))))
+    else:
+        training = None if args.test_only else datasets.open_images(args.data_dir, "train")
+        classes = None if training is None else training.classes
+        test = datasets.open_images(args.data_dir, "val", classes)
+    if args.train_size and training is not None:
+        training = datasets.FewerImages(training, args.train_size)
+    return training, test
 
 
 def open_loaders(args, config, ranks, training, test):
