@@ -1150,24 +1150,24 @@ def smoke(stop):
     """Every optimizer for some steps, amp, accumulation, EMA, and a run resumed in mid-epoch."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
-        def go(folder, flags, size=64):
-            argv = (f"--dummy 16 --train_crop_size {size} --val_crop_size {size} "
-                    f"--val_resize_size {size} --batch_size 4 --workers 0 --device cpu").split()
+        def go(folder, flags):
+            argv = ("--dummy 16 --train_crop_size 32 --val_crop_size 32 --val_resize_size 32 "
+                    "--batch_size 4 --workers 0 --device cpu").split()
             argv += ["--output_dir", str(Path(root, folder)), *flags.split()]
             launch(parse(argv), argv, stop)
 
         for optim in RECIPES["timm"]:
-            go(f"deit-{optim}", f"--model deit_tiny_patch16_224 --epochs 1 --opt {optim} --amp", 32)
+            go(f"deit-{optim}", f"--model deit_tiny_patch16_224 --epochs 1 --opt {optim} --amp")
         for optim in ("sgd", "mac", "nysact"):
             go(f"resnet-{optim}", f"--model resnet18 --epochs 1 --opt {optim} --accum 2 "
                "--model-ema --mixup 0.2 --cutmix 1 --random-erase 0.5 --norm-weight-decay 0")
         twice = "--model deit_tiny_patch16_224 --epochs 2 --warmup 1 --model-ema --drop-path 0.2"
-        go("straight", twice, 32)
+        go("straight", twice)
         stop.number = signal.SIGTERM           # as if it came in the first step
         with contextlib.suppress(KeyboardInterrupt):
-            go("resumed", twice, 32)
+            go("resumed", twice)
         stop.number = 0
-        go("resumed", f"{twice} --resume", 32)
+        go("resumed", f"{twice} --resume")
         a, b = (Path(root, folder, "log.csv").read_text().splitlines()
                 for folder in ("straight", "resumed"))
         if [line.split(",")[:6] for line in a] != [line.split(",")[:6] for line in b]:
