@@ -501,6 +501,9 @@ def test_stop_anywhere():
 # ---------------------------------------------------------------------------------------------
 
 OPTIMIZERS = list(train_imagenet.RECIPES["timm"])
+# 256 images are the least for repeated augmentation: two steps on two ranks.
+PUBLISHED = ("--dummy 256 --epochs 1 --batch-size 64 --train-crop-size 32 --device cpu "
+             "--workers 0 --output-dir outputs")
 # For processes that do not know the networks of the tests.
 DEIT = SMALL.replace("deit_test", "deit_tiny_patch16_224") + (
     " -b 4 --dummy 64 --print-freq 1 --mixup 0.2 --model-ema")
@@ -543,6 +546,7 @@ def jobs():
     todo["missing"] = (3, own, None)                            # there is data-0 and data-1
     todo["differing"] = (2, own, None)                          # of 8 and 10 images
     if importlib.util.find_spec("PIL") is not None:
+        todo["published"] = (2, f"{DEIT_LINE} {PUBLISHED}", None)
         todo["unreadable"] = (2, f"{own.replace('RANK', 'bad')} --test-only --pretrained bad.pt",
                               None)
     return todo
@@ -762,26 +766,26 @@ def test_other_number_of_ranks():
 # ---------------------------------------------------------------------------------------------
 
 def test_published_lines_run():
-    """Both lines on two ranks by torchrun, the second one also alone."""
+    """Both lines on two ranks, ResNet's by torchrun, and DeiT's also on one."""
     if importlib.util.find_spec("PIL") is None:
         skip("the policies of both lines need Pillow")
-    tiny = "--dummy 256 --epochs 1 --batch-size 32 --train-crop-size 32 --device cpu --workers 1"
+    seen, *_ = ranks()
+    result = record(seen[0]["published"]["out"])
+    assert result["output_dir"] == "published" and result["processes"] == 2
     with folder() as tmp:
         begin = time.perf_counter()
-        small_test = "--val-resize-size 36 --val-crop-size 32"
-        out, _ = finish(start(tmp, f"{RESNET_LINE} {tiny} {small_test}", 2))
+        small_test = "--val-resize-size 36 --val-crop-size 32 --workers 1"
+        out, _ = finish(start(tmp, f"{RESNET_LINE} {PUBLISHED} {small_test}", 2))
         result = record(out)
         assert result["model"] == "resnet50" and result["processes"] == 2
         assert math.isfinite(result["ema_loss"]) and (tmp / "outputs" / "log.csv").exists()
         assert len(out.splitlines()) < 60 and out.count("training images") == 1, out
         print(f"    ResNet-50 {time.perf_counter() - begin:.0f} s")
-        begin = time.perf_counter()
-        out, _ = finish(start(tmp, f"{DEIT_LINE} {tiny}", 2))
-        assert record(out)["output_dir"] == "runs/imagenet-deit_small_patch16_224-mac/0"
-        print(f"    DeiT-S {time.perf_counter() - begin:.0f} s")
-        tiny += f" --dummy 32 --model deit_tiny_patch16_224 --output-dir {tmp}/one"
-        out, _ = main(f"{DEIT_LINE} {tiny}")
+        alone = f"--model deit_test --img-size 16 --output-dir {tmp}/one"
+        out, _ = main(f"{DEIT_LINE} {PUBLISHED} {alone}")
         assert record(out)["processes"] == 1
+        folder_of = train_imagenet.run_folder(train_imagenet.parse(shlex.split(DEIT_LINE)))
+        assert folder_of == Path("runs", "imagenet-deit_small_patch16_224-mac", "0")
 
 
 def test_torchrun_and_sigterm():
