@@ -799,7 +799,8 @@ class FolderImages:
                             f"{folder}/<class>/.")
         check_classes(self.classes, classes, folder)
         names, counts = [], []
-        for name in tqdm(self.classes, f"listing {folder}", delay=3, disable=None):
+        quiet = int(os.environ.get("RANK", 0)) > 0 or None     # one bar, and on a terminal only
+        for name in tqdm(self.classes, f"listing {folder}", delay=3, disable=quiet):
             found = list_files(os.path.join(folder, name))
             names += found
             counts.append(len(found))
@@ -922,6 +923,29 @@ class DummyImages:
                              np.uint8).reshape(shape)
 
 
+class FewerImages:
+    """`count` images of another source, evenly spaced, so that sorted classes keep their shares.
+
+    Raises DataError if there are not as many.
+    """
+
+    def __init__(self, source, count):
+        if count > len(source):
+            raise DataError(f"train_size is {count}, but {source.where} has only {len(source)} "
+                            "training images.")
+        self.source, self.indices = source, np.arange(count) * len(source) // count
+        self.labels, self.classes, self.kind = (source.labels[self.indices], source.classes,
+                                                source.kind)
+        self.where = f"of the {len(source)} in {source.where}"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        """Image i, as the source has it."""
+        return self.source.read(self.indices[i])
+
+
 def is_timm(recipe):
     """Whether a recipe is "timm", the transformers', or "torchvision", the ResNets'."""
     if recipe not in ("torchvision", "timm"):
@@ -929,9 +953,17 @@ def is_timm(recipe):
     return recipe == "timm"
 
 
+def seed_sequence(*numbers):
+    """A numpy SeedSequence from non-negative integers; how many there are counts too.
+
+    numpy fills up with zeros, so that without their count (3, 1) would be the same as (3, 1, 0).
+    """
+    return np.random.SeedSequence((*numbers, len(numbers)))
+
+
 def random_state(*numbers):
     """A numpy Generator that depends on these non-negative integers and nothing else."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(numbers)))
+    return np.random.Generator(np.random.PCG64(seed_sequence(*numbers)))
 
 
 def open_images(root, split, classes=None):
@@ -1139,7 +1171,7 @@ def operate(image, name, value=None, interpolation="bilinear", fill=(0, 0, 0)):
     if name == "invert":
         table = [255 - v for v in levels]
     elif name == "posterize":  # a mask, since Pillow's own refuses 0 bits, which are black
-        table = [v & ~((1 << (8 - value)) - 1) for v in levels]
+        table = [v & ~((1 << max(0, 8 - value)) - 1) for v in levels]
     elif name == "solarize":
         table = [v if v < value else 255 - v for v in levels]
     elif name == "solarize_add":
@@ -1292,6 +1324,17 @@ def obey_parent():
     os._exit(0)
 
 
+def check_workers(error):
+    """Raise DataError if a RuntimeError is torch's word that a worker was killed.
+
+    torch raises it in the main thread wherever that is, so also outside of the loader.
+    """
+    if str(error).startswith("DataLoader worker (pid"):
+        raise DataError("a process that loads images was ended from outside, mostly for lack of "
+                        "memory or of shared memory (/dev/shm); use fewer workers or smaller "
+                        "batches.") from error
+
+
 class ImageLoader:
     """Batches (images (B, 3, h, w) uint8, labels (B,) int64) of one rank, on the CPU.
 
@@ -1354,11 +1397,8 @@ class ImageLoader:
                     raise DataError(str(batch))  # a new one: `batch` would hold this frame
                 yield tuple(batch)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise DataError("a process that loads images was ended from outside, mostly for lack "
-                            "of memory or of shared memory (/dev/shm); use fewer workers or "
-                            "smaller batches.") from error
+            check_workers(error)
+            raise
 
 
 # ---------------------------------------------------------------- on the device

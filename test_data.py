@@ -536,6 +536,14 @@ def test_images_order():
     assert shards == [[1], [1], [1], []]
 
 
+def test_images_random_state():
+    """Numbers of another length are another stream; numpy alone takes missing ones for zeros."""
+    streams = [(3,), (3, 0), (3, 0, 0), (3, 0, 0, 0), (0, 3), (3, 2), (3, 1, 2), (3, 1, 2, 0),
+               (3, 1, 2, 4), (3, 1, 2, 3)]
+    first = {int(data.random_state(*numbers).integers(2 ** 62)) for numbers in streams}
+    assert len(first) == len(streams), first
+
+
 def test_images_loader():
     """The same tensors from 0, 1 and 3 workers and after a resume; nothing is drawn elsewhere."""
     source = data.dummy_images(50, 24, 7, seed=1)
@@ -811,7 +819,7 @@ def by_formula(name, value, x, fill):
             "color": lambda: blend(grey[..., None].astype(np.float32)),
             "contrast": lambda: blend(np.float32(int(grey.mean() + 0.5))),
             "sharpness": sharpness, "autocontrast": autocontrast, "equalize": equalize,
-            "posterize": lambda: x & (256 - 2 ** (8 - value)),
+            "posterize": lambda: x // 2.0 ** (8 - value) * 2.0 ** (8 - value),
             "solarize": lambda: np.where(x < value, x, 255 - x),
             "solarize_add": lambda: np.where(x < 128, np.minimum(x + value, 255), x),
             "rotate": rotate,
@@ -827,7 +835,7 @@ def test_images_operations():
     factors, slopes, pixels = (0.1, 0.19, 1, 1.81, 1.99), (-0.99, -0.27, 0.297), (-32, 0, 12.71, 90)
     values = {"identity": [None], "autocontrast": [None], "equalize": [None], "invert": [None],
               "brightness": factors, "color": factors, "contrast": factors, "sharpness": factors,
-              "posterize": range(9), "solarize": (0, 26, 127.5, 255, 256),
+              "posterize": (-4, *range(9), 12), "solarize": (0, 26, 127.5, 255, 256),
               "solarize_add": (0, 99, 128), "rotate": (-135, -27, 4.5, 30), "shear_x": slopes,
               "shear_y": slopes, "translate_x": pixels, "translate_y": pixels}
     assert set(values) == set(data.TRIVIAL_AUGMENT) | set(data.RAND_AUGMENT)
@@ -975,6 +983,11 @@ def test_images_folders():
             (path / hidden).parent.mkdir(exist_ok=True)
             (path / hidden).write_text("not an image")
         train = data.open_images(path, "train")
+        for rank, quiet in (("0", None), ("1", True)):
+            with mock.patch.dict(os.environ, RANK=rank), mock.patch.object(data, "tqdm") as bar:
+                bar.side_effect = lambda names, *_, **how: names
+                data.open_images(path, "train")
+            assert bar.call_args[1]["disable"] is quiet, (rank, bar.call_args)
         assert train.classes == ["cat", "dog"] and train.kind == "folder"
         assert [os.fsdecode(name) for name in train.names] == [
             "a.JPEG", "b.Jpg", "c.JPEG", "cat_0.jpg", "cat_1.jpg", "d.png", "f.jpg", "g.jpg",
@@ -993,6 +1006,20 @@ def test_images_folders():
         want = epoch_of(train, data.train_transform("torchvision", 12, policy="ta_wide"))
         got = epoch_of(train, data.train_transform("torchvision", 12, policy="ta_wide"), workers=2)
         assert same(want, got)
+
+
+def test_images_fewer():
+    """Evenly spaced in a sorted source: classes keep their shares, and what is read is theirs."""
+    source = data.dummy_images(90, 4, 5)
+    source.labels.sort()
+    for count in (1, 7, 45, 89, 90):
+        fewer = data.FewerImages(source, count)
+        assert len(fewer) == count == len(set(fewer.indices)) and fewer.classes == source.classes
+        share = np.bincount(source.labels) * count / 90
+        assert (abs(np.bincount(fewer.labels, minlength=5) - share) < 1).all(), (count, share)
+        for i, j in enumerate(fewer.indices):
+            assert (fewer.read(i) == source.read(j)).all() and fewer.labels[i] == source.labels[j]
+    print("    " + data_error(lambda: data.FewerImages(source, 91), "91", "90 training images"))
 
 
 def test_images_bad_folders():

@@ -7,7 +7,9 @@ processes that are started once; only a few checks pay for torchrun.
 """
 import contextlib
 import csv
+import datetime
 import functools
+import gc
 import hashlib
 import importlib.util
 import io
@@ -32,7 +34,7 @@ import torch.multiprocessing as multiprocessing
 import data as datasets
 import models
 import train_imagenet
-from test_math import close, close_all, run_tests, skip
+from test_math import close, close_all, raises, run_tests, skip
 
 torch.set_num_threads(1)
 # A shell that starts this in the background lets it, and so its children, ignore Ctrl-C.
@@ -207,6 +209,7 @@ def test_aliases():
 
 
 def test_wrong_commands():
+    resnet = "--model resnet_test --val-resize-size 16 --val-crop-size 16 "
     dummy = "--dummy 8 --device cpu --workers 0 --model deit_test --img-size 16 --crop-pct 1 -b 4 "
     wrong = {
         "--lr -1": "--lr", "--epochs 0": "--epoch", "--damping 0": "--damping", "--mixup -1":
@@ -222,9 +225,17 @@ def test_wrong_commands():
         dummy + "--pretrained nowhere.pt": "nowhere.pt",
         dummy + "--test-only": "checkpoint", dummy + "--aa nonsense": "nonsense",
         dummy + "--model swin_tiny_patch4_window7_224 --img-size 40": "40",
+        dummy + "--scale 1 0.5": "first", dummy + "--ratio 1.5 0.5": "--ratio",
+        dummy + "--train-size 9": "only 8 training images",
+        dummy + resnet + "--dummy 9": "one image", dummy + resnet + "-b 1": "one image",
     }
     if not torch.cuda.is_available():
         wrong["--dummy 8 --device cuda"] = "--device cuda"
+    for script in ("train_imagenet", "train_cifar", "train_lm"):
+        parse = importlib.import_module(script).parse
+        assert parse(["--run", "2147483647"])
+        raises(train_imagenet.UsageError, ["from 0 to 2147483647"],
+               lambda: parse(["--run", "2147483648"]))
     with folder() as tmp:
         for command, word in wrong.items():
             _, err = main(f"{command} --output-dir {tmp / 'run'}", status=2)
@@ -271,6 +282,12 @@ def test_learning_rates():
             close(f"{flags.split()[1]}, {method}", ours, want, 1e-12)
 
 
+def test_seeds():
+    seeds = {train_imagenet.seed_of(*numbers) for numbers in (
+        (3,), (3, 0), (3, 0, 0), (3, 0, 0, 0), (0, 0, 0, 3), (3, 1, 0, 0), (3, 1, 0))}
+    assert len(seeds) == 7 and all(0 <= seed < 2 ** 64 for seed in seeds), seeds
+
+
 def test_decay_groups():
     sizes = {"resnet50": (55, 25_503_912, 106, 53_120),
              "resnet101": (106, 44_443_816, 208, 105_344),
@@ -299,23 +316,24 @@ def test_moving_average():
     close("the same, DeiT: 1 - decay", train_imagenet.ema_weight(config_of(DEIT_LINE)), 2e-4, 1e-9)
     config = dict(recipe="torchvision", warmup=1, model_ema_steps=2, model_ema_decay=0.9,
                   global_batch=2, epoch=1)                 # weight 0.1·2·2/1
-    net = torch.nn.BatchNorm1d(3).double()
-    ema = train_imagenet.EMA(net, config, 1)
-    want = None
-    for epoch in range(3):
-        for step in range(5):
-            with torch.no_grad():
-                net.weight.normal_()
-                net.running_var.uniform_()
-                net.num_batches_tracked += 1
-            ema.update(net, epoch, step)
-            if step % 2 == 0:
-                now = torch.stack([net.weight.detach(), net.running_var])
-                copies = epoch == 0 or (epoch, step) == (1, 0)
-                want = now if copies else 0.6 * want + 0.4 * now
-    close("copies in warm-up, then the average, buffers too",
-          torch.stack([ema.model.weight, ema.model.running_var]), want, 1e-14)
-    assert ema.model.num_batches_tracked == net.num_batches_tracked == 15
+    for recipe, weight in (("torchvision", 0.4), ("timm", 0.1)):
+        net = torch.nn.BatchNorm1d(3).double()
+        ema = train_imagenet.EMA(net, dict(config, recipe=recipe), 1)
+        want = torch.stack([net.weight.detach(), net.running_var])
+        for epoch in range(3):
+            for step in range(5):
+                with torch.no_grad():
+                    net.weight.normal_()
+                    net.running_var.uniform_()
+                    net.num_batches_tracked += 1
+                ema.update(net, epoch, step)
+                if step % 2 == 0:
+                    now = torch.stack([net.weight.detach(), net.running_var])
+                    copies = recipe == "torchvision" and (epoch == 0 or (epoch, step) == (1, 0))
+                    want = now if copies else (1 - weight) * want + weight * now
+        close(f"{recipe}: copies in a ResNet's warm-up, then the average, buffers too",
+              torch.stack([ema.model.weight, ema.model.running_var]), want, 1e-14)
+        assert ema.model.num_batches_tracked == net.num_batches_tracked == 15
 
 
 # ---------------------------------------------------------------------------------------------
@@ -369,7 +387,8 @@ def test_options_run():
     """What is off by default: it runs, and is restored by --resume."""
     flags = ("--model resnet_test --val-resize-size 32 --val-crop-size 32 --train-crop-size 32 "
              "-b 8 --model-ema --model-ema-steps 1 --mixup 0.2 --cutmix 1 --random-erase 0.5 "
-             "--channels_last --calibrate --label-smoothing 0.1 --norm-weight-decay 0 --workers 2")
+             "--channels_last --calibrate --label-smoothing 0.1 --norm-weight-decay 0 --workers 2 "
+             "--train-size 24")
     with folder() as tmp:
         out, _ = main(f"{SMALL} {flags} --output-dir {tmp}")
         assert "note" not in out and "ema" in out
@@ -379,6 +398,7 @@ def test_options_run():
         assert result["test_acc"] == float(log[-1]["test_acc"])
         config = json.loads((tmp / "config.json").read_text())
         assert config["model"] == "resnet_test" and config["classes"] == 1000
+        assert config["train_size"] == 24 and "24 training images" in out
         assert sorted(f.name for f in tmp.iterdir()) == ["checkpoint.pt", "config.json", "log.csv"]
         # the checkpoint holds plain things, and is tested and loaded as weights
         only = f"{SMALL} {flags} --calibrate false --test-only --output-dir {tmp}"
@@ -418,6 +438,17 @@ def test_used_folder():
         (tmp / "checkpoint.pt").write_bytes(before[:len(before) // 2])
         _, err = main(f"{SMALL} -b 12 --epochs 1 --resume --output-dir {tmp}", status=2)
         assert "damaged" in err and len(err.splitlines()) == 1, err
+
+
+def test_killed_worker():
+    """A worker that is killed while the main process trains, and so is not in the loader."""
+    def kill(run, *_):
+        run.train.loader._iterator._workers[0].kill()
+        time.sleep(10)                         # torch's handler of SIGCHLD ends this
+
+    with folder() as tmp, mock.patch.object(train_imagenet, "train_step", kill):
+        _, err = main(f"{SMALL} -b 4 --workers 1 --output-dir {tmp}", status=2)
+    assert "fewer workers" in err and len(err.splitlines()) == 1, err
 
 
 def test_divergence():
@@ -470,14 +501,26 @@ def test_stop_anywhere():
 # ---------------------------------------------------------------------------------------------
 
 OPTIMIZERS = list(train_imagenet.RECIPES["timm"])
+# 256 images are the least for repeated augmentation: two steps on two ranks.
+PUBLISHED = ("--dummy 256 --epochs 1 --batch-size 64 --train-crop-size 32 --device cpu "
+             "--workers 0 --output-dir outputs")
 # For processes that do not know the networks of the tests.
 DEIT = SMALL.replace("deit_test", "deit_tiny_patch16_224") + (
     " -b 4 --dummy 64 --print-freq 1 --mixup 0.2 --model-ema")
+PATIENCE = datetime.timedelta(seconds=60)
 EVAL = "--model resnet_test --train-crop-size 32 --val-resize-size 32 --val-crop-size 32 --epochs 1"
 
 
+# What goes wrong on one rank alone, and the exit status of each: only --test_only's failure is in
+# the midst of work, and ends the other rank by the loss of its connection.
+WRONG = {"unreadable": [1, 2], "missing": [2, 2, 2], "differing": [2, 2], "moved-3 refused": [2, 2]}
+
+
 def jobs():
-    """{name: (ranks, flags, step at which the last rank gets a SIGTERM or None)}"""
+    """{name: (ranks, flags, step at which the last rank gets a SIGTERM or None)}
+
+    RANK in the flags is each rank's own number.
+    """
     todo = {}
     for optim in OPTIMIZERS:
         lr = "--lr 0.001" if optim.startswith("ada") else ""
@@ -499,21 +542,47 @@ def jobs():
     todo["moved-3 resumed"] = (2, f"{SMALL} -b 6 --opt mac --resume", None)
     todo["moved-3 refused"] = (2, f"{SMALL} -b 6 --opt mac", None)
     todo["deit"] = (2, DEIT, None)
+    own = f"{SMALL.replace('--dummy 36', '')} -b 2 --data-path data-RANK"
+    todo["missing"] = (3, own, None)                            # there is data-0 and data-1
+    todo["differing"] = (2, own, None)                          # of 8 and 10 images
+    if importlib.util.find_spec("PIL") is not None:
+        todo["published"] = (2, f"{DEIT_LINE} {PUBLISHED}", None)
+        todo["unreadable"] = (2, f"{own.replace('RANK', 'bad')} --test-only --pretrained bad.pt",
+                              None)
     return todo
+
+
+def own_data(root):
+    """What the jobs of WRONG read: two packed folders, and eight images, the last one damaged."""
+    for rank, count in enumerate((8, 10)):
+        (root / f"data-{rank}").mkdir()
+        for split in ("train", "val"):
+            about = dict(count=count, size=16, classes=["0", "1"])
+            source = datasets.dummy_images(count, 16, 2)
+            datasets.write_packed(root / f"data-{rank}", split, source, about, 0)
+    for i in range(8):
+        file = root / "data-bad" / "val" / str(i // 4) / f"{i}.ppm"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"P6 16 16 255 " + bytes(16 * 16 * 3) if i < 7 else b"no image")
+    model = train_imagenet.make_model(dict(config_of(SMALL), classes=2), torch.device("cpu"))
+    torch.save(model.state_dict(), root / "bad.pt")
 
 
 def one_rank(rank, world, root):
     """What each process runs: all jobs, after each of which it notes what it saw."""
     os.chdir(root)
     torch.set_num_threads(1)
+    # a rank that waits in vain fails; to begin a job it may wait for all that others run before
+    dist.new_group = functools.partial(dist.new_group, timeout=PATIENCE)
     seen = {}
     for name, (ranks, flags, sigterm) in jobs().items():
         if rank < ranks:
             port = Path(root, "ports").read_text().split()[list(jobs()).index(name)]
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            argv = f"{flags} --output-dir {name.split()[0]}"
+            argv = f"{flags.replace('RANK', str(rank))} --output-dir {name.split()[0]}"
             seen[name] = watch(argv, sigterm if rank == ranks - 1 else None)
+            gc.collect()               # nothing is to hold a connection open that the next closes
             if dist.is_initialized():
                 dist.destroy_process_group()
     torch.save(seen, f"{rank}.pt")
@@ -576,15 +645,17 @@ def ranks():
         method = "forkserver"
         multiprocessing.get_context(method).set_forkserver_preload(["test_imagenet"])
     root = tempfile.TemporaryDirectory()
+    own_data(Path(root.name))
     Path(root.name, "ports").write_text(" ".join(str(free_port()) for _ in jobs()))
     multiprocessing.start_processes(one_rank, (3, root.name), 3, start_method=method)
     seen = [torch.load(Path(root.name, f"{rank}.pt")) for rank in range(3)]
     for name in jobs():
         for rank, result in enumerate(seen):
             if name in result:
-                want = 143 if jobs()[name][2] else 2 if "refused" in name else 0
+                want = WRONG[name][rank] if name in WRONG else 143 if jobs()[name][2] else 0
                 assert result[name]["status"] == want, (name, rank, result[name])
-                assert rank == 0 or not result[name]["out"] + result[name]["err"], result[name]
+                silent = not result[name]["out"] + result[name]["err"]
+                assert silent or rank == 0 or name == "unreadable", result[name]
     return seen, Path(root.name), root
 
 
@@ -596,7 +667,7 @@ def test_ranks_agree():
         for other in seen[1:]:
             if name in other:
                 assert result["digests"] == other[name]["digests"], name
-                assert result["digests"] or "refused" in name
+                assert result["digests"] or name in WRONG
                 checked += len(result["digests"])
     print(f"    {checked} comparisons in {len(seen[0])} runs")
 
@@ -657,6 +728,20 @@ def test_sigterm_on_one_rank():
         assert same_bits(a[part], b[part]), part
 
 
+def test_wrong_on_one_rank():
+    """What only one rank can find wrong ends all of them, and the sentence is said."""
+    seen, *_ = ranks()
+    messages = {"missing": (0, "data-2 is not a folder"),
+                "differing": (0, "train_size (8 on rank 0, 10 on rank 1)"),
+                "unreadable": (1, "7.ppm is not an image")}
+    for name, (rank, words) in messages.items():
+        if name not in seen[0]:
+            skip("Pillow is not installed (pip install pillow)")
+        message = seen[rank][name]["err"]
+        assert words in message and len(message.splitlines()) == 1, message
+        print(f"    {message.strip()}")
+
+
 def same_bits(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
@@ -681,26 +766,26 @@ def test_other_number_of_ranks():
 # ---------------------------------------------------------------------------------------------
 
 def test_published_lines_run():
-    """Both lines on two ranks by torchrun, the second one also alone."""
+    """Both lines on two ranks, ResNet's by torchrun, and DeiT's also on one."""
     if importlib.util.find_spec("PIL") is None:
         skip("the policies of both lines need Pillow")
-    tiny = "--dummy 256 --epochs 1 --batch-size 32 --train-crop-size 32 --device cpu --workers 1"
+    seen, *_ = ranks()
+    result = record(seen[0]["published"]["out"])
+    assert result["output_dir"] == "published" and result["processes"] == 2
     with folder() as tmp:
         begin = time.perf_counter()
-        small_test = "--val-resize-size 36 --val-crop-size 32"
-        out, _ = finish(start(tmp, f"{RESNET_LINE} {tiny} {small_test}", 2))
+        small_test = "--val-resize-size 36 --val-crop-size 32 --workers 1"
+        out, _ = finish(start(tmp, f"{RESNET_LINE} {PUBLISHED} {small_test}", 2))
         result = record(out)
         assert result["model"] == "resnet50" and result["processes"] == 2
         assert math.isfinite(result["ema_loss"]) and (tmp / "outputs" / "log.csv").exists()
         assert len(out.splitlines()) < 60 and out.count("training images") == 1, out
         print(f"    ResNet-50 {time.perf_counter() - begin:.0f} s")
-        begin = time.perf_counter()
-        out, _ = finish(start(tmp, f"{DEIT_LINE} {tiny}", 2))
-        assert record(out)["output_dir"] == "runs/imagenet-deit_small_patch16_224-mac/0"
-        print(f"    DeiT-S {time.perf_counter() - begin:.0f} s")
-        tiny += f" --dummy 32 --model deit_tiny_patch16_224 --output-dir {tmp}/one"
-        out, _ = main(f"{DEIT_LINE} {tiny}")
+        alone = f"--model deit_test --img-size 16 --output-dir {tmp}/one"
+        out, _ = main(f"{DEIT_LINE} {PUBLISHED} {alone}")
         assert record(out)["processes"] == 1
+        folder_of = train_imagenet.run_folder(train_imagenet.parse(shlex.split(DEIT_LINE)))
+        assert folder_of == Path("runs", "imagenet-deit_small_patch16_224-mac", "0")
 
 
 def test_torchrun_and_sigterm():
@@ -722,17 +807,17 @@ def test_torchrun_and_sigterm():
 
 def test_kill_and_resume():
     """kill -9 in mid-epoch, then --resume: the log of an uninterrupted run, bit for bit."""
-    flags = f"{DEIT} --epochs 3 --dummy 24 --workers 1 --output-dir"
+    flags = f"{DEIT} --dummy 16 --workers 1 --output-dir"
     with folder() as tmp:
         process = start(tmp, f"{flags} killed")
-        while not process.stdout.readline().startswith("epoch 2/3  step 2/"):
+        while not process.stdout.readline().startswith("epoch 2/2  step 2/"):
             assert process.poll() is None, process.communicate()
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert checkpoint(tmp / "killed")["epoch"] == 1
         out, _ = main(f"{flags} {tmp}/killed --resume")
-        assert "resumed after epoch 1 of 3" in out
+        assert "resumed after epoch 1 of 2" in out
         main(f"{flags} {tmp}/straight")
         assert read_log(tmp / "killed") == read_log(tmp / "straight")
 

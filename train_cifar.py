@@ -99,6 +99,8 @@ NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "a number of at least 
 FRACTION = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 COUNT = number(int, lambda v: v >= 1, "a whole number of at least 1")
 COUNT_OR_ZERO = number(int, lambda v: v >= 0, "a whole number of at least 0")
+# What seeds are made into with epochs and ranks stays below the 2^64 that torch takes.
+SEED = number(int, lambda v: 0 <= v < 2 ** 31, "a whole number from 0 to 2147483647")
 
 
 class Parser(argparse.ArgumentParser):
@@ -149,7 +151,7 @@ def add_run_flags(flag, group):
     flag(group, "optim", "--opt", default=["mac"], nargs="+", choices=list(RECIPES), metavar="NAME",
          help="one or several of %(choices)s; several run one after another on the same data, and "
          "a flag that is given holds for all of them")
-    flag(group, "run", default=[0], nargs="+", type=COUNT_OR_ZERO, metavar="SEED",
+    flag(group, "run", default=[0], nargs="+", type=SEED, metavar="SEED",
          help="seed of everything random; several give mean ± std at the end")
 
 

@@ -55,9 +55,9 @@ from tqdm import tqdm
 
 import data as datasets
 from models import IMAGENET_MODELS, load_pretrained
-from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, Diverged,
-                         Parser, UsageError, describe, number, optimizer_class, peak_memory,
-                         state_bytes, write_file)
+from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
+                         Diverged, Parser, UsageError, describe, number, optimizer_class,
+                         peak_memory, state_bytes, write_file)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's pixels, for all models
 
@@ -77,8 +77,9 @@ FAMILIES = {"resnet": RESNET, "deit": DEIT, "swin": dict(DEIT, drop_path=0.1)}
 # Likewise what an optimizer sets, in each recipe; it takes these flags and no others. mac and
 # nysact are their authors' README lines and code (global batch 1024), kfac on transformers the
 # damping of MAC's authors; sgd is the reference scripts' (global batch 256 | 1024) and adamw DeiT's
-# (Touvron et al. 2021, table 9, batch 1024). foof, kfac and adafisher have no published setting
-# here: what is theirs alone is as in train_cifar.py, the rest as in mac's row.
+# (Touvron et al. 2021, table 9, batch 1024). Else foof, kfac and adafisher have no published values
+# here: foof and kfac have the two CURVATUREs in common with mac, but not its damping and stat_decay
+# for transformers, and the rest is as in train_cifar.py.
 CURVATURE = dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=2e-5,
                  decoupled_weight_decay=True, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
 VIT_CURVATURE = dict(CURVATURE, weight_decay=1e-4, tinv=5)
@@ -181,13 +182,15 @@ def add_run_flags(flag, group):
     flag(group, "dummy", nargs="?", const=4096, type=COUNT, metavar="N",
          help="train on N random images of 1000 classes instead (without N: 4096), and test on a "
          "quarter as many")
+    flag(group, "train_size", type=COUNT, metavar="N",
+         help="train on N of the images, taken evenly from the sorted list and so from all classes")
     flag(group, "model", default="resnet50", choices=list(IMAGENET_MODELS), metavar="NAME",
          help="%(choices)s")
     flag(group, "pretrained", metavar="FILE",
          help="begin with these weights: a checkpoint.pt, or torchvision's or timm's file")
     flag(group, "optim", "--opt", default="mac", choices=list(RECIPES["timm"]), metavar="NAME",
          help="%(choices)s")
-    flag(group, "seed", "--run", default=0, type=COUNT_OR_ZERO, metavar="SEED",
+    flag(group, "seed", "--run", default=0, type=SEED, metavar="SEED",
          help="of everything random")
 
 
@@ -310,7 +313,8 @@ def add_image_flags(flag, group):
 def add_machine_flags(flag, group):
     flag(group, "device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
          help="auto takes a GPU where there is one; under torchrun each process takes its own")
-    flag(group, "amp", default=False, switch=True, help="autocast, in training and in testing")
+    flag(group, "amp", default=False, switch=True, help="autocast, in training and in testing; "
+         "without, matrix products and convolutions on a GPU are in TF32 where it has that")
     flag(group, "amp_dtype", choices=("bfloat16", "float16"),
          help="of autocast: without, bfloat16 where the device has it; float16 as published for "
          "DeiT and Swin, with a GradScaler")
@@ -393,6 +397,10 @@ def check(args, config):
     if timm and config["batch_size"] % 2 and (args.mixup or args.cutmix):
         raise UsageError(f"--batch_size {config['batch_size']}: mixup and cutmix in the recipe of "
                          "DeiT and Swin need an even number")
+    for name in ("scale", "ratio"):
+        least, largest = config[name]
+        if least > largest:
+            raise UsageError(f"--{name} {least} {largest}: the smaller number is to come first")
     if args.amp_dtype and not args.amp:
         raise UsageError("--amp_dtype is to be given together with --amp")
     if config["world"] == 1 and (args.ra_sampler or (args.aug_repeats or 0) > 1):
@@ -462,20 +470,42 @@ def start_ranks(args):
     return Ranks(rank, world, device, dist.new_group(backend="gloo"))
 
 
+def gather(ranks, value):
+    """[value of rank 0, value of rank 1, ...] on every rank, of anything that pickle takes."""
+    values = [value] * ranks.world
+    if ranks.group is not None:
+        dist.all_gather_object(values, value, group=ranks.group)
+    return values
+
+
 def together(ranks, work):
-    """What work() returns; if it fails on any rank, the same UsageError on all of them."""
+    """What work() returns; if it fails on any rank, the same UsageError on all of them.
+
+    A rank that fails waits here for the others, so nothing in work() may wait for another rank.
+    """
     result = problem = None
     try:
         result = work()
     except (UsageError, datasets.DataError, OSError) as error:
         problem = str(error)
-    if ranks.group is not None:
-        problems = [None] * ranks.world
-        dist.all_gather_object(problems, problem, group=ranks.group)
-        problem = next(filter(None, problems), None)
+    problem = next(filter(None, gather(ranks, problem)), None)
     if problem is not None:
         raise UsageError(problem)
     return result
+
+
+def agree(ranks, facts):
+    """Raise UsageError on all ranks unless the facts, a dict, are the same on all of them.
+
+    With other counts of images they would take other numbers of steps, and wait for ever.
+    """
+    first, *others = gather(ranks, facts)
+    for rank, other in enumerate(others, 1):
+        differ = [f"{name} ({first[name]} on rank 0, {other[name]} on rank {rank})"
+                  for name in first if first[name] != other[name]]
+        if differ:
+            raise UsageError(f"the processes differ in {', '.join(differ)}: give all of them the "
+                             "same command and the same images")
 
 
 class Stop:
@@ -604,14 +634,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, epoch, step):
-        """After step `step` of an epoch. The first update is a copy, in a ResNet's warm-up all."""
+        """After step `step` of an epoch.
+
+        The ResNets' first update is a copy, as all are in their warm-up; the others' average holds
+        the initial weights as well.
+        """
         if step % self.config["model_ema_steps"]:
             return
         average_buffers(model, self.world)     # so the averages agree too, and survive on one rank
+        copies = self.config["recipe"] == "torchvision" and not self.updates
         pairs = list(zip((*self.model.parameters(), *self.model.buffers()),
                          (*model.parameters(), *model.buffers())))
         real = [(old, new.detach()) for old, new in pairs if old.is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*real)), self.weight if self.updates else 1.0)
+        torch._foreach_lerp_(*map(list, zip(*real)), 1.0 if copies else self.weight)
         for old, new in pairs:
             if not old.is_floating_point():
                 old.copy_(new)
@@ -654,20 +689,25 @@ def make_optimizer(model, config, scaler):
 
 
 def build(config, ranks, stop, train, test, finish, print_freq=50):
-    """Model, moving average and optimizer, hooked before the model is wrapped and compiled."""
+    """Model, moving average and optimizer, which hooks the model before it is wrapped."""
     model = make_model(config, ranks.device)
     ema = EMA(model, config, ranks.world) if config["model_ema"] else None
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config["amp_dtype"] == "float16")
     optimizer = make_optimizer(model, config, scaler)
-    step_model, ddp = model, None
-    if ranks.world > 1:
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        step_model = ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-    if config["compile"]:
-        step_model = torch.compile(step_model)
     stop.group = ranks.group
-    return Run(config, ranks, stop, train, test, finish, model, step_model, ddp, ema, optimizer,
+    return Run(config, ranks, stop, train, test, finish, model, model, None, ema, optimizer,
                scaler, print_freq)
+
+
+def wrap(run):
+    """The run with its model in DDP, which waits for all ranks, and compiled."""
+    step_model, ddp, device = run.model, None, run.ranks.device
+    if run.ranks.world > 1:
+        devices = [device] if device.type == "cuda" else None
+        step_model = ddp = nn.parallel.DistributedDataParallel(run.model, device_ids=devices)
+    if run.config["compile"]:
+        step_model = torch.compile(step_model)
+    return run._replace(step_model=step_model, ddp=ddp)
 
 
 def logits_of(run, model, x):
@@ -685,7 +725,7 @@ def logits_of(run, model, x):
 
 def seed_of(*numbers):
     """A seed from (seed, epoch, ...), so that no generator's state need ever be saved."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return int(datasets.seed_sequence(*numbers).generate_state(1, np.uint64)[0])
 
 
 def train_step(run, batches, epoch, step):
@@ -738,10 +778,7 @@ class Progress:
 
     def saved(self, run):
         """For a checkpoint, with the sums of all ranks."""
-        sums = [self.sums.tolist()] * run.ranks.world
-        if run.ranks.group is not None:
-            dist.all_gather_object(sums, self.sums.tolist(), group=run.ranks.group)
-        return self.step, self.seconds, self.waited, sums
+        return self.step, self.seconds, self.waited, gather(run.ranks, self.sums.tolist())
 
     def means(self, run):
         """Over all ranks: loss, accuracy in per cent, images. Makes the hosts wait for the GPUs."""
@@ -942,11 +979,15 @@ def load_checkpoint(path, run):
 def open_sources(args, config):
     """(training images, test images); the former None under --test_only."""
     if args.dummy:
-        return [datasets.dummy_images(count, config["val_resize_size"], 1000, seed)
-                for seed, count in enumerate((args.dummy, max(1, args.dummy // 4)))]
-    training = None if args.test_only else datasets.open_images(args.data_dir, "train")
-    classes = None if training is None else training.classes
-    return training, datasets.open_images(args.data_dir, "val", classes)
+        training, test = (datasets.dummy_images(count, config["val_resize_size"], 1000, seed)
+                          for seed, count in enumerate((args.dummy, max(1, args.dummy // 4))))
+    else:
+        training = None if args.test_only else datasets.open_images(args.data_dir, "train")
+        classes = None if training is None else training.classes
+        test = datasets.open_images(args.data_dir, "val", classes)
+    if args.train_size and training is not None:
+        training = datasets.FewerImages(training, args.train_size)
+    return training, test
 
 
 def open_loaders(args, config, ranks, training, test):
@@ -970,6 +1011,15 @@ def open_loaders(args, config, ranks, training, test):
     return train, datasets.ImageLoader(test, transform, config["batch_size"], train=False, **same)
 
 
+def check_last_batch(config, train):
+    """Refuse what BatchNorm cannot normalise in training: one image, whose last map is 1 × 1."""
+    small = config["recipe"] == "torchvision" and config["train_crop_size"] <= 32
+    if small and train is not None and len(train.plan[-1][0]) == 1:
+        raise UsageError(f"--batch_size {config['batch_size']} leaves one image for the last batch "
+                         f"of a process, and BatchNorm needs two where {config['model']} is given "
+                         f"{config['train_crop_size']} pixels: choose another batch size")
+
+
 def prepare(args, ranks, stop):
     """Everything that can be wrong with a command: the Run, its folder, its log, its Progress."""
     config = resolve(args, ranks)
@@ -984,6 +1034,7 @@ def prepare(args, ranks, stop):
         mixup_prob=config["mixup_prob"], switch_prob=config["mixup_switch_prob"],
         smoothing=config["label_smoothing"])
     loaders = open_loaders(args, config, ranks, training, test)
+    check_last_batch(config, loaders[0])
     if ranks.rank == 0:
         for source, split in ((training, "training"), (test, "test")):
             if source is not None:
@@ -996,26 +1047,30 @@ def prepare(args, ranks, stop):
 
 def begin(run, folder, args, command):
     """Restore what the folder holds, or make it: the rows of the log and the epoch's Progress."""
-    rows, progress, checkpoint = [], None, folder / "checkpoint.pt"
-    there = [checkpoint.exists()] * run.ranks.world
-    if run.ranks.group is not None:
-        dist.all_gather_object(there, checkpoint.exists(), group=run.ranks.group)
+    checkpoint = folder / "checkpoint.pt"
+    there = gather(run.ranks, os.path.exists(checkpoint))
     if len(set(there)) > 1:
         raise UsageError(f"{checkpoint} is there for some processes only: --output_dir is to be in "
                          "a place that all machines share")
-    if there[0]:
-        rows, progress = load_checkpoint(checkpoint, run)
+    return together(run.ranks, lambda: restore(run, folder, there[0], args.resume, command))
+
+
+def restore(run, folder, there, resume, command):
+    """What begin does on its rank. there: whether there is a checkpoint."""
+    rows, progress = [], None
+    if there:
+        rows, progress = load_checkpoint(folder / "checkpoint.pt", run)
     elif run.ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         facts = dict(run.config, device=str(run.ranks.device), torch=torch.__version__,
                      command=command, optimizer=repr(run.optimizer).splitlines())
         facts = json.dumps(facts, indent=1, ensure_ascii=False).encode()
         write_file(folder / "config.json", lambda file: file.write(facts))
-    if run.ranks.rank == 0 and there[0]:
+    if run.ranks.rank == 0 and there:
         write_log(folder, rows)
         print(f"resumed after epoch {len(rows)} of {run.config['epoch']}"
               + (f" and {progress.step} steps" if progress else ""), flush=True)
-    elif run.ranks.rank == 0 and args.resume:
+    elif run.ranks.rank == 0 and resume:
         print(f"--resume: no checkpoint in {folder}, so this run starts anew", flush=True)
     return rows, progress
 
@@ -1035,24 +1090,31 @@ def calibrate(run):
     run.optimizer.calibrate(inputs())
 
 
+def load_weights(run, folder):
+    """Put the folder's checkpoint into the model; its moving average as another one, or None."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise UsageError(f"--test_only: there is no checkpoint in {folder}; name its folder with "
+                         "--output_dir, or weights with --pretrained")
+    saved, ema = read_checkpoint(path), None
+    try:
+        run.model.load_state_dict(saved["model"])
+        if saved["ema"]:
+            ema = copy.deepcopy(run.model)
+            ema.load_state_dict(saved["ema"]["model"])
+    except RuntimeError as error:
+        raise UsageError(f"{path} does not fit {run.config['model']} with "
+                         f"{run.config['classes']} classes ({str(error).splitlines()[0]})")
+    return ema
+
+
 def test_only(run, folder):
     """Accuracy of --pretrained, or of the checkpoint in the folder and its moving average."""
-    results = {}
+    results, ema = {}, None
     if not run.config["pretrained"]:
-        path = folder / "checkpoint.pt"
-        if not path.exists():
-            raise UsageError(f"--test_only: there is no checkpoint in {folder}; name its folder "
-                             "with --output_dir, or weights with --pretrained")
-        saved = read_checkpoint(path)
-        try:
-            run.model.load_state_dict(saved["model"])
-            if saved["ema"]:
-                ema = copy.deepcopy(run.model)
-                ema.load_state_dict(saved["ema"]["model"])
-                results = dict(zip(("ema_loss", "ema_acc", "ema_top5"), evaluate(run, ema, "ema")))
-        except RuntimeError as error:
-            raise UsageError(f"{path} does not fit {run.config['model']} with "
-                             f"{run.config['classes']} classes ({str(error).splitlines()[0]})")
+        ema = together(run.ranks, lambda: load_weights(run, folder))
+    if ema is not None:
+        results.update(zip(("ema_loss", "ema_acc", "ema_top5"), evaluate(run, ema, "ema")))
     results.update(zip(("test_loss", "test_acc", "test_top5"), evaluate(run, run.model, "test")))
     return results
 
@@ -1061,13 +1123,15 @@ def launch(args, argv, stop):
     """The whole command on this rank."""
     ranks = start_ranks(args)
     run, folder = together(ranks, lambda: prepare(args, ranks, stop))
+    agree(ranks, dict(run.config, test_size=run.test.count))
     command = shlex.join(["train_imagenet.py", *argv])
     if args.test_only:
-        results = together(ranks, lambda: test_only(run, folder))
+        results = test_only(run, folder)
     else:
         if ranks.rank == 0:
             describe(run.model, run.optimizer, run.config, ranks.device)
-        rows, progress = together(ranks, lambda: begin(run, folder, args, command))
+        run = wrap(run)
+        rows, progress = begin(run, folder, args, command)
         if run.config.get("calibrate") and not rows and not progress:
             calibrate(run)
         if ranks.device.type == "cuda":
@@ -1086,24 +1150,24 @@ def smoke(stop):
     """Every optimizer for some steps, amp, accumulation, EMA, and a run resumed in mid-epoch."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
-        def go(folder, flags, size=64):
-            argv = (f"--dummy 16 --train_crop_size {size} --val_crop_size {size} "
-                    f"--val_resize_size {size} --batch_size 4 --workers 0 --device cpu").split()
+        def go(folder, flags):
+            argv = ("--dummy 16 --train_crop_size 32 --val_crop_size 32 --val_resize_size 32 "
+                    "--batch_size 4 --workers 0 --device cpu").split()
             argv += ["--output_dir", str(Path(root, folder)), *flags.split()]
             launch(parse(argv), argv, stop)
 
         for optim in RECIPES["timm"]:
-            go(f"deit-{optim}", f"--model deit_tiny_patch16_224 --epochs 1 --opt {optim} --amp", 32)
+            go(f"deit-{optim}", f"--model deit_tiny_patch16_224 --epochs 1 --opt {optim} --amp")
         for optim in ("sgd", "mac", "nysact"):
             go(f"resnet-{optim}", f"--model resnet18 --epochs 1 --opt {optim} --accum 2 "
                "--model-ema --mixup 0.2 --cutmix 1 --random-erase 0.5 --norm-weight-decay 0")
         twice = "--model deit_tiny_patch16_224 --epochs 2 --warmup 1 --model-ema --drop-path 0.2"
-        go("straight", twice, 32)
+        go("straight", twice)
         stop.number = signal.SIGTERM           # as if it came in the first step
         with contextlib.suppress(KeyboardInterrupt):
-            go("resumed", twice, 32)
+            go("resumed", twice)
         stop.number = 0
-        go("resumed", f"{twice} --resume", 32)
+        go("resumed", f"{twice} --resume")
         a, b = (Path(root, folder, "log.csv").read_text().splitlines()
                 for folder in ("straight", "resumed"))
         if [line.split(",")[:6] for line in a] != [line.split(",")[:6] for line in b]:
@@ -1129,7 +1193,11 @@ def main(argv):
                     summary = smoke(stop)
                 print(summary)
             else:
-                launch(args, argv, stop)
+                try:
+                    launch(args, argv, stop)
+                except RuntimeError as error:
+                    datasets.check_workers(error)
+                    raise
         return 0
     except KeyboardInterrupt as interrupt:
         number, where = interrupt.args

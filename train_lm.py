@@ -44,9 +44,9 @@ from tqdm import tqdm
 
 import data as datasets
 from models import GPT, GPT_SIZES
-from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, Diverged,
-                         Parser, UsageError, describe, optimizer_class, peak_memory, state_bytes,
-                         terminate, write_file)
+from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
+                         Diverged, Parser, UsageError, describe, optimizer_class, peak_memory,
+                         state_bytes, terminate, write_file)
 
 # A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
 # of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
@@ -136,7 +136,7 @@ def add_run_flags(flag, group):
     flag(group, "optim", "--opt", default=["adafisherw"], nargs="+", choices=list(RECIPES),
          metavar="NAME", help="one or several of %(choices)s; several run one after another on the "
          "same data, and a flag that is given holds for all of them")
-    flag(group, "run", default=[0], nargs="+", type=COUNT_OR_ZERO, metavar="SEED",
+    flag(group, "run", default=[0], nargs="+", type=SEED, metavar="SEED",
          help="seed of everything random; several give mean ± std at the end")
 
 
