@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import CIFAR_MODELS
-from train_cifar import COUNT, FILES, RECIPES, UsageError, optimizer_class
+from train_cifar import COUNT, FILES, RECIPES, Parser, UsageError, optimizer_class
 
 PARTS = ("statistics", "factorisation", "application")
 # What is timed beside step(), where a file of an optimizer has it: owner, name, part.
@@ -299,8 +299,8 @@ def show_scaling(rows):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="python bench.py [flags]", allow_abbrev=False)
     parser.add_argument("--optim", nargs="+", choices=list(RECIPES), metavar="NAME",
                         default=["mac", "nysact", "foof", "kfac", "adafisher"],
                         help="%(choices)s; sgd is always measured too")
@@ -320,14 +320,15 @@ def parse():
     args = parser.parse_args()
     args.optim = ["sgd", *(optim for optim in dict.fromkeys(args.optim) if optim != "sgd")]
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds none here; --device cpu works")
-    return parser, args
+        raise UsageError("--device cuda: PyTorch finds none here; --device cpu works")
+    return args
 
 
 def main():
-    parser, args = parse()
+    """Run the command; its exit status."""
     torch.set_num_threads(1)
     try:
+        args = parse()
         rows = bench_scaling(args) if args.scaling else bench_network(args)
         (show_scaling if args.scaling else show_network)(rows)
         if args.csv:
@@ -335,12 +336,13 @@ def main():
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
+        return 0
+    except KeyboardInterrupt:
+        return 130
     except (UsageError, ValueError, OSError) as error:
-        parser.error(str(error))
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())
