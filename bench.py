@@ -24,10 +24,14 @@ import csv
 import importlib
 import itertools
 import math
+import os
 import statistics
 import sys
 import time
 from collections import defaultdict
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")        # the profiler's own remarks; read when
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch is imported
 
 import torch
 import torch.nn as nn
