@@ -53,7 +53,7 @@ from kfac import running_mean
 from mac import MAC
 from models import CIFAR_MODELS, Attention
 from train_cifar import (COUNT, COUNT_OR_ZERO, POSITIVE, RECIPES, Diverged, Parser, UsageError,
-                         add_optimizer_flags, build, write_file)
+                         add_optimizer_flags, build, number, write_file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def multiplier(optimizer, module):
         values = [optimizer.curvature[p] for p in params if p in optimizer.curvature]
         values = [torch.mul(*v) if isinstance(v, tuple) else v for v in values]
         values = torch.cat([v.flatten() for v in values]) if values else None
-    elif "exp_avg_sq" in state:
+    elif params and "exp_avg_sq" in optimizer.state.get(params[0], {}):      # Adam, AdamW
         group = optimizer.param_groups[0]
         damping, second = group["eps"], [optimizer.state[p] for p in params]
         values = torch.cat([(s["exp_avg_sq"] / (1 - group["betas"][1] ** float(s["step"]))).sqrt()
@@ -299,7 +299,7 @@ def training(setup, steps, text="steps"):
             optimizer.sample_fisher(logits)
         loss.backward()
         optimizer.step()
-        if not loss.isfinite():
+        if not (loss.isfinite() and all(p.isfinite().all() for p in net.parameters())):
             raise Diverged(f"training with {config['optim']} diverged in step {step}: try a "
                            "smaller --lr")
         yield step, loss.item()
@@ -714,7 +714,9 @@ def train_placebo(setup, steps, constants):
     net, _ = build(setup.config, setup.data)
     placebo, losses = Placebo(net, setup.optimizer.param_groups[0], constants), []
     try:
-        for step, loss in training(setup._replace(net=net, optimizer=placebo), steps, "placebo"):
+        config = setup.config | dict(fisher=None)      # labels are sampled for K-FAC alone
+        setup = setup._replace(config=config, net=net, optimizer=placebo)
+        for step, loss in training(setup, steps, "placebo"):
             losses += [loss] if step else []
     except Diverged:
         print(f"note: the placebo diverged after {len(losses)} steps", file=sys.stderr)
@@ -1094,7 +1096,7 @@ def trained_paths(args):
     for optim in args.optim:
         setup = set_up(args, optim)
         paths[optim] = [(step, flat(setup.net)) for step, _ in training(setup, args.steps, optim)
-                        if step % max(1, args.steps // 30) == 0]
+                        if step % max(1, args.steps // 30) == 0 or step == args.steps]
     return paths, setup._replace(config=setup.config | dict(optim="+".join(paths)))
 
 
@@ -1201,7 +1203,7 @@ TRAINED = dict(model="resnet20", optim="sgd", steps=60, batch_size=64)
 PROBED = TRAINED | dict(lr=0.01, images=256, from_run=None)
 FIGURES = {
     "effect": (effect, TRAINED | dict(optim="mac", steps=100)),
-    "spectra": (spectra, PROBED | dict(layer=None)),
+    "spectra": (spectra, PROBED | dict(layer=None, layers="+")),
     "mean": (mean, PROBED),
     "attention": (attention, PROBED | dict(model="deit_tiny_cifar", optim="adamw", steps=40,
                                            batch_size=32, images=128)),
@@ -1271,12 +1273,13 @@ def add_flags(figure, defaults):
     flag("images", "images that statistics and losses are taken over", type=COUNT, metavar="N")
     flag("samples", "images of the Jacobian", type=COUNT, metavar="N")
     flag("layer", "layer by its name in the network; an unknown name lists all",
-         nargs=1 if "noise" in defaults else "+", metavar="NAME")
+         nargs=defaults.get("layers", 1), metavar="NAME")
     flag("from_run", "take start and end of this run of train_cifar.py, and train nothing",
          metavar="DIR")
     flag("noise", "deviation of the noise off the diagonal, by the mean of the diagonal",
          type=POSITIVE, metavar="X")
-    flag("grid", "points of the surface along each axis", type=COUNT, metavar="N")
+    flag("grid", "points of the surface along each axis", metavar="N",
+         type=number(int, lambda v: v >= 2, "a whole number of at least 2"))
 
     def optimizer_flag(group, name, *alias, help, default=None, **kwargs):
         if name != "calibrate":                      # a pass over all data, in MAC's first layer
@@ -1302,6 +1305,10 @@ def main(argv):
     except (UsageError, Diverged, datasets.DataError, OSError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, Diverged) else 2
+    except torch.linalg.LinAlgError:
+        print("analyze.py: a matrix of the network has no eigenvalues to working precision, which "
+              "means that training diverged: try a smaller --lr", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1734,8 +1734,8 @@ def load_text(name, data_dir="data", train_file=None, valid_file=None, train_siz
               valid_size=None, download=True):
     """Return a text as `Text`.
 
-    name: wikitext2, by words; grammar, generated, by characters; or the path of a text file (plain
-    or .gz, UTF-8), by characters, of which the last tenth is for validation. train_file and
+    name: 'wikitext2', by words; 'grammar', generated, by characters; or the Path of a text file
+    (plain or .gz, UTF-8), by characters, of which the last tenth is for validation. train_file and
     valid_file choose among wikitext2's files (default train.txt and valid.txt), or name others in
     its folder. train_size, valid_size: keep only the first so many tokens; the vocabulary stays
     that of all. Raises DataError with a message for the user.
@@ -1832,20 +1832,22 @@ def find_wikitext(data_dir, files, download):
             raise DataError(f"{folder} lacks {', '.join(missing)}{why}. {hint}")
         fetch_wikitext(folder, archive, missing, hint)
         missing = [file for file in files if not (folder / file).is_file()]
-    if not missing:
+    if not missing:              # what lies in the folder is the user's, and comes first
         blobs = {file: (folder / file).read_bytes() for file in files}
         known = all(file in WIKITEXT and digest(folder / file, "git") == FILES[file][1][4:]
                     for file in files)
         return blobs, f"{folder} ({'checksums verified' if known else 'not as published'})"
     verify(archive)
-    names = {file: f"wikitext-2/wiki.{file.removesuffix('.txt')}.tokens" for file in files}
+    names = {file: f"wikitext-2/wiki.{file.removesuffix('.txt')}.tokens" for file in missing}
     with zipfile.ZipFile(archive) as members:
         absent = set(names.values()) - set(members.namelist())
         if absent:
             raise DataError(f"{archive} does not contain {', '.join(sorted(absent))}; choose from "
                             f"{', '.join(WIKITEXT)}.")
-        return ({file: members.read(name) for file, name in names.items()},
-                f"{archive} (checksum verified)")
+        blobs = {file: members.read(name) for file, name in names.items()}
+    own = [file for file in files if file not in missing]
+    blobs.update((file, (folder / file).read_bytes()) for file in own)
+    return blobs, f"{archive} (checksum verified)" + "".join(f", {folder / file}" for file in own)
 
 
 def fetch_wikitext(folder, archive, files, hint):

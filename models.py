@@ -555,7 +555,7 @@ class WindowAttention(Attention):
     def __init__(self, dim, heads, window):
         super().__init__(dim, heads)
         span = 2 * window - 1  # differences from -(window - 1) to window - 1
-        self.relative_position_bias_table = nn.Parameter(torch.empty(span ** 2, heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(span ** 2, heads))
         y, x = torch.arange(window ** 2) // window, torch.arange(window ** 2) % window
         index = (y[:, None] - y + window - 1) * span + x[:, None] - x + window - 1
         self.register_buffer("relative_position_index", index, persistent=False)

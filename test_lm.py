@@ -558,6 +558,7 @@ def test_wrong_commands():
             f"--text {tmp}/short --train_size 80 --valid_size 9": "--context",
             f"--text {tmp}": str(tmp),
             "--optim sgd --momentum 0 --nesterov": "esterov",
+            "--optim adamw sgd --momentum 0 --nesterov": "esterov",      # before adamw trains
             f"--dataset wikitext2 --data_dir {tmp} --train_file my.txt": "my.txt",
         }
         if not torch.cuda.is_available():

@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -211,7 +212,7 @@ def resolve(args, optim, seed, text):
     """All that decides one run: the flags as given or default, its optimizer's from the recipe."""
     config = dict(dataset=text_name(args), train_file=args.train_file, valid_file=args.valid_file,
                   train_tokens=len(text.train), valid_tokens=len(text.valid),
-                  vocabulary=len(text.vocabulary), model=args.model)
+                  vocabulary=len(text.vocabulary), text_crc32=checksum(text), model=args.model)
     size = dict(GPT_SIZES[args.model], tied=not args.untied, dropout=args.dropout)
     for name in ("layers", "heads", "width", "context"):
         if getattr(args, name) is not None:
@@ -224,6 +225,11 @@ def resolve(args, optim, seed, text):
                  "compile"):
         config[name] = getattr(args, name)
     return config
+
+
+def checksum(text):
+    """Of the tokens, which tells two texts of the same name, length and alphabet apart."""
+    return zlib.crc32(text.valid.cpu().numpy(), zlib.crc32(text.train.cpu().numpy()))
 
 
 def text_name(args):
@@ -239,7 +245,7 @@ def check(args):
         print("note: no use for", *(f"--{name}" for name in sorted(unused)), "in",
               *args.optim, file=sys.stderr)
     files = [f"--{name}" for name in ("train_file", "valid_file") if getattr(args, name)]
-    if files and text_name(args) != "wikitext2":
+    if files and (args.text is not None or args.dataset != "wikitext2"):
         raise UsageError(f"{files[0]} chooses among the files of --dataset wikitext2, and not of "
                          f"{text_name(args)}")
     if args.batch_size % (RANKS * args.accumulate):
@@ -249,6 +255,11 @@ def check(args):
     device = args.device if args.device != "auto" else next(d for d in there if there[d])
     if not there[device]:
         raise UsageError(f"--device {device}: PyTorch finds none here; --device cpu works")
+    if device == "mps" and RANKS > 1:
+        raise UsageError(f"{RANKS} processes cannot share this GPU: use one, or --device cpu")
+    if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise UsageError(f"torchrun started more processes than the {torch.cuda.device_count()} "
+                         "GPUs here: give it --nproc_per_node of at most that")
     if args.compile and device == "cpu" and not os.environ.get("CXX") \
             and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         raise UsageError("--compile needs a C++ compiler on the CPU, and none was found")
@@ -460,10 +471,12 @@ def train(config, text, folder, args, command, until=None):
             seconds = time.perf_counter() - start
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise FloatingPointError("a weight is not finite")
+            valid = evaluate(model, text.valid, config)
+            if not math.isfinite(valid):
+                raise FloatingPointError("the validation loss is not finite")
         except FloatingPointError as error:
             raise Diverged(f"training diverged in epoch {epoch + 1} ({error}): try a smaller --lr, "
                            f"a longer --warmup or more --damping; {folder} keeps epoch {epoch}")
-        valid = evaluate(model, text.valid, config)
         row = (epoch + 1, optimizer.param_groups[0]["lr"], trained, perplexity(trained), valid,
                perplexity(valid), round(seconds, 3), round(peak_memory(device), 1))
         rows.append(dict(zip(COLUMNS, row)))
@@ -487,10 +500,9 @@ def begin(config, folder, model, optimizer, text, resume):
         print(f"--resume: no checkpoint in {folder}, so this run starts anew", flush=True)
     if RANKS > 1:
         dist.barrier()           # all have read before the first one writes
-    if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if rows:
-            write_log(folder, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and rows:
+        write_log(folder, rows)
     return rows
 
 
@@ -524,7 +536,7 @@ def load_checkpoint(path, config, model, optimizer, text):
         raise UsageError(f"{path} cannot be read, it is damaged or not a checkpoint of this script "
                          f"({type(error).__name__}); move it away to start this run anew")
     # The way of computing may change between two sessions; what is computed may not.
-    differ = [f"--{name} (was {old.get(name)}, now {config.get(name)})"
+    differ = [f"{name} (was {old.get(name)}, now {config.get(name)})"
               for name in {**old, **config} if name not in ("accumulate", "compile")
               and old.get(name) != config.get(name)]
     if differ:
@@ -548,7 +560,7 @@ def load_checkpoint(path, config, model, optimizer, text):
 
 def load(args, device):
     """The text, on the device, and long enough for the command."""
-    text = datasets.load_text(args.dataset if args.text is None else args.text, args.data_dir,
+    text = datasets.load_text(args.dataset if args.text is None else Path(args.text), args.data_dir,
                               args.train_file, args.valid_file, args.train_size,
                               args.valid_size)
     context = args.context or GPT_SIZES[args.model]["context"]
@@ -575,6 +587,8 @@ def run_all(args, argv, until=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.barrier()           # all have looked at the folders before the first one writes
     text = load(args, device)
+    for optim in args.optim[1:]:     # what is wrong with the second is said before the first trains
+        build(resolve(args, optim, args.run[0], text), torch.device("cpu"))
     results = []
     for optim in args.optim:
         logs = []
@@ -638,6 +652,9 @@ def smoke():
 def main(argv):
     """Run the command; its exit status."""
     signal.signal(signal.SIGTERM, terminate)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")      # a sample may have any characters
+    args = None
     try:
         args = parse(argv)
         if args.smoke and RANKS > 1:
@@ -656,8 +673,8 @@ def main(argv):
                   "epoch", file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except (UsageError, Diverged, datasets.DataError, OSError, torch.OutOfMemoryError) as error:
-        if RANK == 0 or isinstance(error, (OSError, torch.OutOfMemoryError)):
-            print(f"train_lm.py: {error}", file=sys.stderr)
+        if RANK == 0 or args is not None:      # a rank may find what the others do not
+            print(f"train_lm.py{f', rank {RANK}' if RANK else ''}: {error}", file=sys.stderr)
         return 1 if isinstance(error, (Diverged, torch.OutOfMemoryError)) else 2
     finally:
         if dist.is_available() and dist.is_initialized():
