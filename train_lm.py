@@ -73,6 +73,8 @@ RECIPES = {
 }
 COLUMNS = ("epoch", "lr", "train_loss", "train_perplexity", "valid_loss", "valid_perplexity",
            "seconds", "peak_memory")
+# Of a run's configuration, what follows from the text and from flags of other names.
+DERIVED = ("train_tokens", "valid_tokens", "vocabulary", "text_crc32", "tied", "bias")
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # of torchrun
 
 
@@ -536,7 +538,8 @@ def load_checkpoint(path, config, model, optimizer, text):
         raise UsageError(f"{path} cannot be read, it is damaged or not a checkpoint of this script "
                          f"({type(error).__name__}); move it away to start this run anew")
     # The way of computing may change between two sessions; what is computed may not.
-    differ = [f"{name} (was {old.get(name)}, now {config.get(name)})"
+    differ = [f"{'' if name in DERIVED else '--'}{name} "
+              f"(was {old.get(name)}, now {config.get(name)})"
               for name in {**old, **config} if name not in ("accumulate", "compile")
               and old.get(name) != config.get(name)]
     if differ:
