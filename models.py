@@ -1,4 +1,4 @@
-"""The networks of the papers' image experiments, one plain function each.
+"""The networks of the papers' image experiments, one plain function each, and a GPT.
 
 Every function returns an ordinary nn.Module that maps images (B, C, H, W) to logits
 (B, num_classes). Tensors are NCHW throughout; the transformers work on tokens (B, T, D) or maps of
