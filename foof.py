@@ -34,7 +34,7 @@ at lr = ρ·lr_MAC the two differ in A − ā āᵀ alone.
     ρ, β     damping, stat_decay  scalars;  k: state "updates";  η, μ: lr, momentum
     R        rows                 B (linear), B·N (tokens), B·oH·oW (patches)
 
-COST per layer: statistic 2·R·d² every tcov steps (less by (5)), factor d³/3 every tinv steps,
+COST per layer: statistic about R·d² every tcov steps (less by (5)), factor d³/3 every tinv steps,
 application 2·out·d² per step, state 1.5·d² numbers.
 
 THROWN AWAY: the loss's curvature in the outputs, and all that couples layers. A convolution's
@@ -206,16 +206,18 @@ def shift_gram(x, kh, kw, groups):
     the sum over all q of the plane, substituting q for q + i − p would leave only the shift j − i:
         Σ_q a_(c,i)(q) a_(c',j)(q) = Σ_q x_c(q) x_c'(q + j − i) = R[c, c', j−i],
     (2k−1)² numbers for a pair of channels in place of k⁴; and R is the weight gradient of a
-    convolution of x with x. The sum is over q inside the image, though: what lies outside is taken
-    off again, first the rows above and below it (and, of these, the columns inside the image), then
-    the columns to its left and right. There a patch sees the image with p of its k taps along this
-    axis, and only its p outermost pixels, so these patches are few, and are formed.
+    convolution of x with x. The sum is over q inside the image, though, so
+        Σ_inside = Σ_q − Σ_{row outside, column inside} − Σ_{column outside, any row}.
+    A patch outside along an axis sees the image with p of its k taps there, and only the p outermost
+    pixels; such patches are few, and are formed: of the rows above and below with all kw taps
+    across, then of the columns to the left and right with all kh taps along.
     """
-    B, C, H, W = x.shape
+    C = x.shape[1]
     A = x.new_zeros(C, kh, kw, C // groups, kh, kw)
-    for i in range(0, C, 16 if groups == 1 else C):    # as in gram(), the lower triangle only
-        part = x[:, :i + 16] if groups == 1 else x
-        add_shifts(A[i:i + 16, :, :, :i + 16] if groups == 1 else A, part, part[:, i:], groups)
+    width = 16 if groups == 1 else C         # strips of channels: the lower triangle, as in gram()
+    for i in range(0, C, width):
+        j = i + width
+        add_shifts(A[i:j, :, :, :j], x[:, :j], x[:, i:j], groups)
     for u, taps in edges(x, 2, kh):
         u = F.pad(u, (0, 0, kw // 2, kw // 2)).unfold(3, kw, 1)            # (B, C, p, W, p, kw)
         A[:, taps, :, :, taps] -= formed_gram(u, groups)

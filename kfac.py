@@ -50,7 +50,7 @@ of its first tensor ('samples'), or of the first two dimensions of it ('tokens')
     Q, v     "vectors", "values", "output_vectors", "output_values"      eigenvectors and values
     λ, β, κ  damping, stat_decay, kl_clip  scalars;  k: state "updates";  η, μ: lr, momentum
 
-COST per layer: statistics 2·R·(d² + out²) for R rows every tcov steps (less by (8)), factors
+COST per layer: statistics about R·(d² + out²) for R rows every tcov steps (less by (8)), factors
 (d³ + out³)/3 every tinv steps (eigen: about ten times that), application 2·out·d·(d + out) per
 step (eigen twice that), state 1.5·(d² + out²) numbers. Ranks divide the factorisations.
 
@@ -273,16 +273,18 @@ def shift_gram(x, kh, kw, groups):
     the sum over all q of the plane, substituting q for q + i − p would leave only the shift j − i:
         Σ_q a_(c,i)(q) a_(c',j)(q) = Σ_q x_c(q) x_c'(q + j − i) = R[c, c', j−i],
     (2k−1)² numbers for a pair of channels in place of k⁴; and R is the weight gradient of a
-    convolution of x with x. The sum is over q inside the image, though: what lies outside is taken
-    off again, first the rows above and below it (and, of these, the columns inside the image), then
-    the columns to its left and right. There a patch sees the image with p of its k taps along this
-    axis, and only its p outermost pixels, so these patches are few, and are formed.
+    convolution of x with x. The sum is over q inside the image, though, so
+        Σ_inside = Σ_q − Σ_{row outside, column inside} − Σ_{column outside, any row}.
+    A patch outside along an axis sees the image with p of its k taps there, and only the p outermost
+    pixels; such patches are few, and are formed: of the rows above and below with all kw taps
+    across, then of the columns to the left and right with all kh taps along.
     """
-    B, C, H, W = x.shape
+    C = x.shape[1]
     A = x.new_zeros(C, kh, kw, C // groups, kh, kw)
-    for i in range(0, C, 16 if groups == 1 else C):    # as in gram(), the lower triangle only
-        part = x[:, :i + 16] if groups == 1 else x
-        add_shifts(A[i:i + 16, :, :, :i + 16] if groups == 1 else A, part, part[:, i:], groups)
+    width = 16 if groups == 1 else C         # strips of channels: the lower triangle, as in gram()
+    for i in range(0, C, width):
+        j = i + width
+        add_shifts(A[i:j, :, :, :j], x[:, :j], x[:, i:j], groups)
     for u, taps in edges(x, 2, kh):
         u = F.pad(u, (0, 0, kw // 2, kw // 2)).unfold(3, kw, 1)            # (B, C, p, W, p, kw)
         A[:, taps, :, :, taps] -= formed_gram(u, groups)

@@ -695,6 +695,9 @@ def test_images_finish():
         close(f"{recipe}: mixed and erased in its order", x, want, 1e-6)
     assert make(mixup_alpha=1.0, mixup_prob=0.0)(images, labels, (0,))[1].max() == 1
 
+
+def test_images_mixing_draws():
+    """Each of mixup and CutMix asks for its own α, and they share the batches equally."""
     class Recorder:
         """Draws nothing special, and notes which α were asked for."""
         alphas = []
@@ -709,7 +712,7 @@ def test_images_finish():
         def integers(self, n):
             return 0
 
-    both = make(mixup_alpha=0.2, cutmix_alpha=1.0)
+    both = data.Finish((0.1,) * 3, (0.4,) * 3, 10, mixup_alpha=0.2, cutmix_alpha=1.0)
     boxes = [both.draw_mix(8, 8, Recorder())[1] is not None for _ in range(2)]
     assert boxes == [True, False] and Recorder.alphas == [(1.0, 1.0), (0.2, 0.2)]
     chosen = [both.draw_mix(8, 8, data.random_state(i))[1] is not None for i in range(2000)]
