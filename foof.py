@@ -208,9 +208,9 @@ def shift_gram(x, kh, kw, groups):
     (2k−1)² numbers for a pair of channels in place of k⁴; and R is the weight gradient of a
     convolution of x with x. The sum is over q inside the image, though, so
         Σ_inside = Σ_q − Σ_{row outside, column inside} − Σ_{column outside, any row}.
-    A patch outside along an axis sees the image with p of its k taps there, and only the p outermost
-    pixels; such patches are few, and are formed: of the rows above and below with all kw taps
-    across, then of the columns to the left and right with all kh taps along.
+    A patch outside along an axis sees the image with p of its k taps there, and only the p
+    outermost pixels; such patches are few, and are formed: of the rows above and below with all kw
+    taps across, then of the columns to the left and right with all kh taps along.
     """
     C = x.shape[1]
     A = x.new_zeros(C, kh, kw, C // groups, kh, kw)
