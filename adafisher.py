@@ -120,13 +120,14 @@ def min_max(v):
 
 
 def running_mean(old, batch, updates, gamma):
-    """(3), (6)  The bias-corrected average after `updates` batches, in place on old.
+    """(3), (6)  The bias-corrected averages after `updates` batches, in place on all of old.
 
     With m_k = γ m_{k−1} + (1 − γ) x_k, m_0 = 0, the corrected m̂_k = m_k/(1 − γᵏ) satisfies
     (1 − γᵏ) m̂_k = γ(1 − γᵏ⁻¹) m̂_{k−1} + (1 − γ) x_k = (1 − γᵏ − (1 − γ)) m̂_{k−1} + (1 − γ) x_k:
     m̂_k = m̂_{k−1} + w (x_k − m̂_{k−1}), so the corrected average itself is what is stored.
     """
-    return old.lerp_(batch, (1 - gamma) / (1 - gamma ** updates))
+    torch._foreach_lerp_(old, batch, (1 - gamma) / (1 - gamma ** updates))
+    return old
 
 
 def released_mean(old, batch, gamma):
@@ -159,39 +160,40 @@ def channel_squares(x):
     return torch.linalg.vector_norm(x, dim=2, dtype=at_least_float32(x)).square().sum(0)
 
 
-def patch_sum(x, conv):
-    """Σ a over a convolution's input patches, batch and positions: (groups, C/groups·kh·kw).
+def patch_sum(image, conv):
+    """Σ a over a convolution's patches, from Σ x over its input images: (..., C, H, W).
 
     Patches are linear in the image, so the sum of all images' patches is that of the one summed
-    image. And tap (i, j) of channel c sums a grid of its pixels, rows i·dil + s·t and columns
-    j·dil + s·t: with R (kh, H) and C (kw, W) marking these rows and columns, it is (R x̄_c Cᵀ)_ij.
+    image. Tap (i, j) of channel c sums a grid of its pixels: with R (kh, H) and C (kw, W) telling
+    how often tap i meets a row and tap j a column, it is (R x̄_c Cᵀ)_ij. Returns (..., groups,
+    C/groups·kh·kw).
     """
-    image = pad(x.sum(0, dtype=at_least_float32(x)), conv)                    # (C, H, W)
-    rows, cols = (taps(size, k, s, dil, image.dtype, image.device) for size, k, s, dil
-                  in zip(image.shape[1:], conv.kernel_size, conv.stride, conv.dilation))
-    return (rows @ image @ cols.mT).reshape(conv.groups, -1)                  # from (C, kh, kw)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    rows, cols = (taps(*axis, mode, image.dtype, image.device) for axis in zip(
+        image.shape[-2:], conv.kernel_size, conv.stride, conv.dilation, padding(conv)))
+    return (rows @ (image @ cols.mT)).reshape(*image.shape[:-3], conv.groups, -1)
 
 
 @lru_cache(maxsize=256)
-def taps(size, k, stride, dilation, dtype, device):
-    """(k, size) matrix of ones where tap i of a kernel of k meets pixel i·dilation + stride·t."""
-    positions = (size - dilation * (k - 1) - 1) // stride + 1
-    taps, positions = torch.arange(k, device="cpu"), torch.arange(positions, device="cpu")
-    pixel = taps[:, None] * dilation + positions * stride                     # (k, positions)
-    return torch.zeros(k, size, device="cpu").scatter_(1, pixel, 1.0).to(device, dtype)
+def taps(size, k, stride, dilation, ends, mode, dtype, device):
+    """(k, size): how often tap i of k meets each pixel of an axis that is padded at its ends."""
+    pixels = torch.arange(1.0, size + 1, dtype=torch.float64, device="cpu")
+    shown = F.pad(pixels[None], ends, mode)[0].long()                # of padding by zeros, pixel 0
+    first = torch.arange(0, len(shown) - dilation * (k - 1), stride, device="cpu")
+    met = shown[torch.arange(k, device="cpu")[:, None] * dilation + first]         # (k, positions)
+    counts = torch.zeros(k, size + 1, dtype=torch.float64, device="cpu")
+    return counts.scatter_add_(1, met, torch.ones_like(met, dtype=counts.dtype))[:, 1:].to(
+        device, dtype)
 
 
-def pad(x, conv):
-    """The padded input of a convolution, whatever the form of its padding; x (..., H, W)."""
+def padding(conv):
+    """((top, bottom), (left, right)) of a convolution, whatever the form of its padding."""
     if conv.padding == "valid":
-        return x
+        return (0, 0), (0, 0)
     if conv.padding == "same":       # torch puts the odd pixel at the end
         total = [dil * (k - 1) for dil, k in zip(conv.dilation, conv.kernel_size)]
-        (top, bottom), (left, right) = [(t // 2, t - t // 2) for t in total]
-    else:
-        (top, bottom), (left, right) = [(p, p) for p in conv.padding]
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, (left, right, top, bottom), mode=mode)
+        return tuple((t // 2, t - t // 2) for t in total)
+    return tuple((p, p) for p in conv.padding)
 
 
 def batch_norm_sum(x, norm):
@@ -224,8 +226,8 @@ def full_precision(device_type):
     """
     with torch.autocast(device_type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
-                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+            backends = {"cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv), "cpu": (
+                torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)}.get(device_type, ())
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:
@@ -262,7 +264,7 @@ def input_squares(module, inputs, output):
         # padding copies pixels or adds zeros, so the squares of patches are the patches of squares
         x = x if x.dim() == 4 else x[None]
         rows = len(x) * output.shape[-2] * output.shape[-1]
-        squares = patch_sum(row_squares(x)[None], module)
+        squares = patch_sum(row_squares(x), module)
         return F.pad(squares, (0, 1), value=float(rows)), rows
     if isinstance(module, BATCH_NORM):
         total = batch_norm_sum(x, module)
@@ -275,10 +277,10 @@ def input_squares(module, inputs, output):
     return total[None], x.numel() // total.numel()
 
 
-def output_squares(module, s, grad_scaler=None):
-    """(1)  Σ s ⊙ s over the rows of the gradient of a module's output: (out,) or (C,)."""
-    if grad_scaler is not None:      # before squaring: the square of a scaled gradient may overflow
-        s = s.to(at_least_float32(s)) / grad_scaler.get_scale()
+def output_squares(module, s, scale=1.0):
+    """(1)  Σ s ⊙ s over the rows of a module's output gradient times scale: (out,) or (C,)."""
+    if scale != 1.0:                 # before squaring: the square of a scaled gradient may overflow
+        s = s.to(at_least_float32(s)) / scale
     if isinstance(module, (nn.Linear, nn.LayerNorm)):
         last = module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
         return row_squares(s.reshape(-1, last))
@@ -299,23 +301,25 @@ class Layer:
     @property
     def shapes(self):
         """The shapes of H and S."""
+        out, n = len(self.weight), self.weight.numel()
         if self.how == "per channel":
-            return (1, self.weight.numel()), (self.weight.numel(),)
-        return (self.blocks, self.weight[0].numel() + (self.bias is not None)), (len(self.weight),)
+            return torch.Size((1, n)), torch.Size((n,))
+        return torch.Size((self.blocks, n // out + (self.bias is not None))), torch.Size((out,))
 
     @property
     def sizes(self):
-        return [torch.Size(shape).numel() for shape in self.shapes]
+        return [shape.numel() for shape in self.shapes]
 
     def drop(self):
         """Forget this step's sums."""
-        self.total = torch.zeros((), device="cpu")
-        self.rows = torch.zeros(1, dtype=torch.float64, device="cpu")          # exact counts
+        self.total, self.rows = None, 0
 
     def add(self, H, S, rows):
-        cut = slice(self.shapes[0][1])                 # the coordinate of a bias that it lacks
-        self.total = torch.cat([H[:, cut].flatten(), S]) + self.total
-        self.rows = self.rows + rows
+        if H.shape != self.shapes[0]:
+            H = H[:, :self.shapes[0][1]]               # the coordinate of a bias that it lacks
+        total = torch.cat([H.flatten(), S])
+        self.total = total if self.total is None else total + self.total
+        self.rows += rows
 
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm           # BatchNorm1d, 2d, 3d and SyncBatchNorm
@@ -344,9 +348,8 @@ class Hook:
     A copied or unpickled model gets an inert one, so a copy feeds nothing.
     """
 
-    def __init__(self, module=None, statistics=None, grad_scaler=None):
-        self.module, self.statistics, self.layers = module, statistics, []
-        self.grad_scaler = grad_scaler
+    def __init__(self, module=None, statistics=None, scale=None):
+        self.module, self.statistics, self.layers, self.scale = module, statistics, [], scale
         self.names = [] if module is None else list(inspect.signature(module.forward).parameters)
 
     def __reduce__(self):
@@ -369,7 +372,7 @@ class Hook:
             # Only a forward that is backpropagated counts. Where an earlier backward pass left no
             # gradient, zero_grad on the model has dropped it, and so are the sums that it left.
             backward = torch._C._current_graph_task_id()
-            S = output_squares(self.module, s.detach(), self.grad_scaler)
+            S = output_squares(self.module, s.detach(), self.scale.of(backward))
             for _, layer in layers:
                 if layer.weight.grad is None and layer.backward != backward:
                     layer.drop()
@@ -378,6 +381,18 @@ class Hook:
         # A Linear's output on more than two dimensions is a view; an in-place activation replaces
         # the view's history, and a hook on it would never fire. Its base sees the gradient always.
         (output._base if output._is_view() else output).register_hook(arrived)
+
+
+class Scale:
+    """A GradScaler's factor, read once in each backward pass: the read waits for the GPU."""
+
+    def __init__(self, grad_scaler):
+        self.grad_scaler, self.backward, self.value = grad_scaler, None, 1.0
+
+    def of(self, backward):
+        if self.grad_scaler is not None and backward != self.backward:
+            self.backward, self.value = backward, self.grad_scaler.get_scale()
+        return self.value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -420,7 +435,7 @@ class AdaFisher(torch.optim.Optimizer):
                          dict(zip(OPTIONS, values)))
         for group in self.param_groups:
             check_options(group)
-        self.model, self.grad_scaler, self.curvature = model, grad_scaler, {}
+        self.model, self.scale, self.curvature = model, Scale(grad_scaler), {}
         self.layers, self.hooks, self.handles, self.steps, self.captured = {}, {}, [], 0, False
         weakref.finalize(self, remove_hooks, self.handles).atexit = False
         self.find_layers()
@@ -467,7 +482,7 @@ class AdaFisher(torch.optim.Optimizer):
                 self.hooks[module].layers = hooked
 
     def add_hook(self, module):
-        self.hooks[module] = Hook(module, input_squares, self.grad_scaler)
+        self.hooks[module] = Hook(module, input_squares, self.scale)
         self.handles.append(module.register_forward_hook(self.hooks[module], with_kwargs=True))
 
     # ---- the step ----
@@ -479,7 +494,7 @@ class AdaFisher(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.update_statistics()
+        self.update_statistics(self.grouped())
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
@@ -503,12 +518,12 @@ class AdaFisher(torch.optim.Optimizer):
 
     def grouped(self):
         """(layer, its group), in an order that is the same on all ranks."""
-        return [(self.layers[p], group) for group in self.param_groups for p in group["params"]
-                if p in self.layers]
+        return [(layer, group) for group in self.param_groups
+                for layer in map(self.layers.get, group["params"]) if layer is not None]
 
-    def update_statistics(self):
+    def update_statistics(self, grouped):
         """(3) for the layers due, with the mean over the rows of all micro-batches and ranks."""
-        due = [(x, group) for x, group in self.grouped() if self.steps % group["tcov"] == 0]
+        due = [(x, group) for x, group in grouped if self.steps % group["tcov"] == 0]
         if not due:
             return
         for layer, _ in due:
@@ -524,6 +539,7 @@ class AdaFisher(torch.optim.Optimizer):
                 "between backward() and step(), or was backward() not called?")
         # a rank's loss counts 1/W in the mean loss
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        averages, changed = {}, []
         for (layer, group), mean in zip(due, means):
             if mean is None:
                 continue
@@ -531,13 +547,19 @@ class AdaFisher(torch.optim.Optimizer):
             S = S * ((1 if group["as_released"] else rows) / ranks) ** 2
             state = self.state[layer.weight]
             state["updates"] = state.get("updates", 0) + 1
+            changed.append((layer, group, state))
             for name, batch in (("H", H), ("S", S)):
                 if group["as_released"]:
                     old = state.get(name, torch.ones_like(batch))
                     state[name] = released_mean(old, batch, group["gamma"])
+                elif name in state:
+                    pairs = averages.setdefault((state["updates"], group["gamma"]), [])
+                    pairs.append((state[name], batch))
                 else:
-                    state[name] = running_mean(state[name], batch, state["updates"],
-                                               group["gamma"]) if name in state else batch
+                    state[name] = batch.clone()             # the buffer's memory is not kept
+        for weights, pairs in averages.items():
+            running_mean(*map(list, zip(*pairs)), *weights)
+        for layer, group, state in changed:
             self.refresh(layer, group, state)
 
     def pooled(self, layers):
@@ -547,26 +569,30 @@ class AdaFisher(torch.optim.Optimizer):
         buffer finds what is not finite.
         """
         like = max((layer.weight for layer in layers), key=lambda w: w.dtype == torch.float64)
-        flat = torch.cat(
-            [layer.total.to(like.device, at_least_float32(like)).expand(sum(layer.sizes))
-             for layer in layers] + [torch.cat([layer.rows for layer in layers])
-                                     .to(at_least_float32(like)).to(like.device)])
+        like = like.new_empty(0, dtype=at_least_float32(like))
+        sizes, rows = [sum(layer.sizes) for layer in layers], [layer.rows for layer in layers]
+        flat = torch.cat([like.new_zeros(size) if layer.total is None else layer.total.to(like)
+                          for layer, size in zip(layers, sizes)]
+                         + [torch.tensor(rows, dtype=like.dtype, device="cpu").to(like)])
         for layer in layers:
             layer.drop()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
-        sums = flat[:-len(layers)].split([sum(layer.sizes) for layer in layers])
-        if not flat.isfinite().all():
-            bad = next(x.name for x, total in zip(layers, sums) if not total.isfinite().all())
+        sums, counts = flat.split([len(flat) - len(rows), len(rows)])
+        *counts, finite = torch.cat([counts, flat.isfinite().all().view(1)]).tolist()
+        parts = sums.split(sizes)
+        if not finite:
+            bad = next(x.name for x, total in zip(layers, parts) if not total.isfinite().all())
             raise FloatingPointError(
                 f"AdaFisher: the inputs or output gradients of layer {bad} are not finite in step "
                 f"{self.steps}; no parameter was changed. Lower the learning rate, or look for the "
                 "overflow that caused it")
+        torch._foreach_div_(parts, [max(n, 1) for n in counts])
         means = []
-        for layer, total, rows in zip(layers, sums, flat[-len(layers):].tolist()):
-            mean = (total / rows).to(layer.weight.device, at_least_float32(layer.weight))
-            H, S = (x.reshape(shape) for x, shape in zip(mean.split(layer.sizes), layer.shapes))
-            means.append((H, S, rows) if rows else None)
+        for layer, part, n in zip(layers, parts, counts):
+            mean = part.to(layer.weight.device, at_least_float32(layer.weight))
+            H, S = (x.view(shape) for x, shape in zip(mean.split(layer.sizes), layer.shapes))
+            means.append((H, S, n) if n else None)
         return means
 
     def refresh(self, layer, group, state):
@@ -643,7 +669,7 @@ class AdaFisher(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:      # a checkpoint of torch's Adam lacks our options
             self.fill(group)
-        for name, value in dict(model=None, grad_scaler=None, curvature={}, layers={}, hooks={},
+        for name, value in dict(model=None, scale=Scale(None), curvature={}, layers={}, hooks={},
                                 handles=[], steps=0, captured=False).items():
             self.__dict__.setdefault(name, value)          # an unpickled optimizer has no model
 

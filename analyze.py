@@ -370,7 +370,7 @@ def second_moments(net, batches, names):
     sums = {name: [0, 0, 0] for name in names}       # Σ [a; 1][a; 1]ᵀ and Σ p pᵀ, packed; rows
 
     def record(name, module, args, output):
-        (total, (rows,)), = kfac.linear_or_conv(module, {"x": args[0].double()}, output, False)
+        total, rows = input_moment(module, args[0].double(), output)
         sums[name][0] = sums[name][0] + total
         sums[name][2] += rows
         # a Linear's output on more than two dimensions is a view
@@ -392,6 +392,14 @@ def second_moments(net, batches, names):
         A, P = (symmetric(M, n) / rows for M, n in ((A, weight[0].numel() + 1), (P, len(weight))))
         found[name] = Moments(A[:d, :d], P, A[-1, :d], rows / images)   # its last row is E[[a; 1]]
     return found
+
+
+def input_moment(module, x, output):
+    """Σ [a; 1][a; 1]ᵀ over a layer's input rows (groups = 1), packed, and their number."""
+    if isinstance(module, nn.Linear):
+        return kfac.input_gram(x, True), x.numel() // x.shape[-1]
+    rows, A = len(x) * output[0, 0].numel(), kfac.pack(kfac.patch_gram(x, module))
+    return kfac.bordered(A, kfac.patch_sum(kfac.image_sum(x), module), rows), rows
 
 
 def symmetric(packed, d):
@@ -464,7 +472,7 @@ class PlainMomentum:
         m, k = self.moments.get(p, (torch.zeros_like(p), 0))
         self.moments[p] = m, k + 1
         if self.averages:
-            return running_mean(m, p.grad, k + 1, self.decay)
+            return running_mean([m], [p.grad], k + 1, self.decay)[0]
         m.mul_(self.decay).add_(p.grad)
         return p.grad + self.decay * m if self.nesterov else m
 
@@ -1182,11 +1190,12 @@ def train_and_watch(setup, steps):
     def watch(module, args, output):
         if optimizer.steps % group["tcov"] == 0:
             x, n = args[0].detach(), module.weight[0].numel()
-            (total, (rows,)), = kfac.linear_or_conv(module, {"x": x}, output, False)
+            total, rows = input_moment(module, x, output)
             d = n + (module.bias is not None)
             A = symmetric(total, n + 1)[:d, :d].double() / rows
             old, k = averages.get(module.weight, (A, 0))
-            averages[module.weight] = running_mean(old, A, k + 1, group["stat_decay"]), k + 1
+            old, = running_mean([old], [A], k + 1, group["stat_decay"])
+            averages[module.weight] = old, k + 1
     for module in layers_of(setup.net).values():
         module.register_forward_hook(watch)
     *_, (_, loss) = training(setup, steps)

@@ -68,6 +68,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,7 @@ import torch.nn.functional as F
 
 MASKS = ("attn_mask", "mask", "is_causal")   # the names under which attention modules take them
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of patches or scores at a time
+STACK = 2 ** 20  # layers are joined up to this many numbers; beyond, their work outweighs launches
 
 
 # ---------------------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def precondition(grad, bias_grad, mean, damping):
     """
     blocks = len(mean)
     G = grad.unflatten(0, (blocks, -1))                       # (blocks, out/blocks, ...)
-    d = G[0, 0].numel()
+    d = G.shape[2:].numel()
     a, alpha = mean[:, :d], mean[:, d:]                       # (blocks, d), (blocks, 1 or 0)
     u = (G.flatten(2) @ a.unsqueeze(2)).squeeze(2)            # (blocks, out/blocks), G_W a
     if bias_grad is not None:
@@ -135,48 +137,57 @@ def damped_cholesky(A, damping):
 
 
 def running_mean(old, batch, updates, stat_decay):
-    """(4)  The bias-corrected average after `updates` batches, in place on old.
+    """(4)  The bias-corrected averages after `updates` batches, in place on all of old.
 
     With m_k = β m_{k−1} + (1 − β) x_k, m_0 = 0, the corrected m̂_k = m_k/(1 − βᵏ) satisfies
     (1 − βᵏ) m̂_k = β(1 − βᵏ⁻¹) m̂_{k−1} + (1 − β) x_k = (1 − βᵏ − (1 − β)) m̂_{k−1} + (1 − β) x_k:
     m̂_k = m̂_{k−1} + w (x_k − m̂_{k−1}), so the corrected average itself is what is stored.
     """
-    return old.lerp_(batch, (1 - stat_decay) / (1 - stat_decay ** updates))
+    torch._foreach_lerp_(old, batch, (1 - stat_decay) / (1 - stat_decay ** updates))
+    return old
 
 
-def patch_sum(x, conv):
-    """Σ a over a convolution's input patches, batch and positions: (groups, C/groups·kh·kw).
+def patch_sum(image, conv):
+    """Σ a over a convolution's patches, from Σ x over its input images: (..., C, H, W).
 
     Patches are linear in the image, so the sum of all images' patches is that of the one summed
-    image. And tap (i, j) of channel c sums a grid of its pixels, rows i·dil + s·t and columns
-    j·dil + s·t: with R (kh, H) and C (kw, W) marking these rows and columns, it is (R x̄_c Cᵀ)_ij.
+    image. Tap (i, j) of channel c sums a grid of its pixels: with R (kh, H) and C (kw, W) telling
+    how often tap i meets a row and tap j a column, it is (R x̄_c Cᵀ)_ij. Returns (..., groups,
+    C/groups·kh·kw).
     """
-    image = pad(x.sum(0, dtype=at_least_float32(x)), conv)                    # (C, H, W)
-    rows, cols = (taps(size, k, s, dil, image.dtype, image.device) for size, k, s, dil
-                  in zip(image.shape[1:], conv.kernel_size, conv.stride, conv.dilation))
-    return (rows @ image @ cols.mT).reshape(conv.groups, -1)                  # from (C, kh, kw)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    rows, cols = (taps(*axis, mode, image.dtype, image.device) for axis in zip(
+        image.shape[-2:], conv.kernel_size, conv.stride, conv.dilation, padding(conv)))
+    return (rows @ (image @ cols.mT)).reshape(*image.shape[:-3], conv.groups, -1)
 
 
 @lru_cache(maxsize=256)
-def taps(size, k, stride, dilation, dtype, device):
-    """(k, size) matrix of ones where tap i of a kernel of k meets pixel i·dilation + stride·t."""
-    positions = (size - dilation * (k - 1) - 1) // stride + 1
-    taps, positions = torch.arange(k, device="cpu"), torch.arange(positions, device="cpu")
-    pixel = taps[:, None] * dilation + positions * stride                     # (k, positions)
-    return torch.zeros(k, size, device="cpu").scatter_(1, pixel, 1.0).to(device, dtype)
+def taps(size, k, stride, dilation, ends, mode, dtype, device):
+    """(k, size): how often tap i of k meets each pixel of an axis that is padded at its ends."""
+    pixels = torch.arange(1.0, size + 1, dtype=torch.float64, device="cpu")
+    shown = F.pad(pixels[None], ends, mode)[0].long()                # of padding by zeros, pixel 0
+    first = torch.arange(0, len(shown) - dilation * (k - 1), stride, device="cpu")
+    met = shown[torch.arange(k, device="cpu")[:, None] * dilation + first]         # (k, positions)
+    counts = torch.zeros(k, size + 1, dtype=torch.float64, device="cpu")
+    return counts.scatter_add_(1, met, torch.ones_like(met, dtype=counts.dtype))[:, 1:].to(
+        device, dtype)
+
+
+def padding(conv):
+    """((top, bottom), (left, right)) of a convolution, whatever the form of its padding."""
+    if conv.padding == "valid":
+        return (0, 0), (0, 0)
+    if conv.padding == "same":       # torch puts the odd pixel at the end
+        total = [dil * (k - 1) for dil, k in zip(conv.dilation, conv.kernel_size)]
+        return tuple((t // 2, t - t // 2) for t in total)
+    return tuple((p, p) for p in conv.padding)
 
 
 def pad(x, conv):
-    """The padded input of a convolution, whatever the form of its padding; x (..., H, W)."""
-    if conv.padding == "valid":
-        return x
-    if conv.padding == "same":       # torch puts the odd pixel at the end
-        total = [dil * (k - 1) for dil, k in zip(conv.dilation, conv.kernel_size)]
-        (top, bottom), (left, right) = [(t // 2, t - t // 2) for t in total]
-    else:
-        (top, bottom), (left, right) = [(p, p) for p in conv.padding]
+    """The padded input of a convolution; x (..., H, W)."""
+    rows, cols = padding(conv)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, (left, right, top, bottom), mode=mode)
+    return F.pad(x, (*cols, *rows), mode=mode)
 
 
 def patch_gram(x, conv):
@@ -187,9 +198,14 @@ def patch_gram(x, conv):
         a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
         a = a.unflatten(1, (conv.groups, -1))                       # (b, groups, d − 1, oH·oW)
         A, rows = A + (a @ a.mT).sum(0), rows + len(a) * a.shape[-1]
-    A, sums = F.pad(A, (0, 1, 0, 1), value=float(rows)), patch_sum(x, conv)
+    A, sums = F.pad(A, (0, 1, 0, 1), value=float(rows)), patch_sum(image_sum(x), conv)
     A[:, -1, :-1], A[:, :-1, -1] = sums, sums
     return A
+
+
+def image_sum(x):
+    """Σ x over the images of a batch: (C, H, W)."""
+    return x.sum(0, dtype=at_least_float32(x))
 
 
 def attention_sum(q, k, scale, mask=None, causal=False, bias=None):
@@ -244,8 +260,8 @@ def full_precision(device_type):
     """
     with torch.autocast(device_type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
-                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+            backends = {"cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv), "cpu": (
+                torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)}.get(device_type, ())
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:
@@ -269,23 +285,29 @@ def full_precision(device_type):
 
 # ---------------------------------------------------------------------------------------------
 # 2. Capture: what each kind of module gives its layers, as lists of (sum over rows, rows).
-#    All sums carry the coordinate 1 of the bias; a layer without a bias cuts it off.
+#    All sums carry the coordinate 1 of the bias; a layer without a bias cuts it off. But of a
+#    convolution it is the sum of its images, of which patch_sum is taken for many layers at once.
 # ---------------------------------------------------------------------------------------------
 
-def linear_or_conv(module, inputs, output, first=False):
-    """The rows of a Linear or Conv2d: Σ a, or Σ a aᵀ for the first layer."""
+def mean_input(module, inputs, output):
+    """The rows of a Linear, Σ [a; 1], or the images of a Conv2d, their rows, and itself."""
     x = next(iter(inputs.values())).detach()
     if isinstance(module, nn.Linear):
-        x = x.reshape(-1, x.shape[-1])
-        if not first:
-            return [(input_sum(x), [len(x)])]
-        a = F.pad(x.to(at_least_float32(x)), (0, 1), value=1.0)
+        return [(input_sum(x), [x.numel() // x.shape[-1]])]
+    x = x if x.dim() == 4 else x[None]
+    return [(image_sum(x), len(x) * output.shape[-2] * output.shape[-1], module)]
+
+
+def input_covariance(module, inputs, output):
+    """The rows of the first layer, a Linear or Conv2d: Σ [a; 1][a; 1]ᵀ."""
+    x = next(iter(inputs.values())).detach()
+    if isinstance(module, nn.Linear):
+        a = x.reshape(-1, x.shape[-1]).to(at_least_float32(x))
+        a = F.pad(a, (0, 1), value=1.0)
         return [((a.mT @ a)[None], [len(a)])]
     x = x if x.dim() == 4 else x[None]
     rows = len(x) * output.shape[-2] * output.shape[-1]
-    if first:
-        return [(patch_gram(x, module), [rows])]
-    return [(F.pad(patch_sum(x, module), (0, 1), value=float(rows)), [rows])]
+    return [(patch_gram(x, module), [rows] * module.groups)]
 
 
 def fused_qkv(parent, arguments, module, inputs, output):
@@ -319,7 +341,7 @@ def fused_qkv(parent, arguments, module, inputs, output):
     causal = getattr(parent, "is_causal", False) if causal is None else causal
     t = attention_sum(q, k, q.shape[-1] ** -0.5 if scale is None else scale, mask, causal, bias)
     tokens, rows = input_sum(X), X.shape[0] * X.shape[1]
-    return [(torch.cat([tokens, tokens, value_sum(X, t)]), [rows])]
+    return [(torch.cat([tokens, tokens, value_sum(X, t)]), [rows] * 3)]
 
 
 def normed(norm, y):
@@ -403,18 +425,66 @@ class Layer:
 
     @property
     def shape(self):
-        d = self.weight[0].numel() + (self.bias is not None)
-        return (self.blocks, d, d) if self.first else (self.blocks, d)
+        d = self.weight.numel() // len(self.weight) + (self.bias is not None)
+        return torch.Size((self.blocks, d, d) if self.first else (self.blocks, d))
 
     def drop(self):
         """Forget this step's sums."""
-        self.total = torch.zeros((), device="cpu")
-        self.rows = torch.zeros(self.blocks, dtype=torch.float64, device="cpu")    # exact counts
+        self.total, self.rows, self.images = None, [0] * self.blocks, []
 
-    def add(self, total, rows):
-        cut = tuple(slice(n) for n in self.shape)      # the coordinate of a bias that it lacks
-        self.total = total[cut] + self.total
-        self.rows = self.rows + torch.tensor(rows, device="cpu")
+    def add(self, total, rows, conv=None):
+        """Add Σ [a; 1] or, for its convolution, the sum of the images behind these rows."""
+        if conv is not None:
+            for entry in self.images:
+                if entry[2] is conv and entry[0].shape == total.shape:
+                    entry[:2] = total + entry[0], rows + entry[1]
+                    return
+            self.images.append([total, rows, conv])
+            return
+        if total.shape != self.shape:
+            total = total[tuple(slice(n) for n in self.shape)]   # a bias's coordinate that it lacks
+        self.total = total if self.total is None else total + self.total
+        self.rows = [n + old for n, old in zip(rows, self.rows)]
+
+    def grads(self):
+        """The gradients of the weight and of its part of the bias, 0 where the loss lacks that."""
+        if self.bias is None:
+            return self.weight.grad, None
+        grad = torch.zeros_like(self.bias) if self.bias.grad is None else self.bias.grad
+        return self.weight.grad, grad[self.bias_rows]
+
+
+def add_patches(layers):
+    """Turn the images of convolutions into Σ [a; 1], those of one kind by one product."""
+    kinds = {}
+    for layer in layers:
+        for image, rows, conv in layer.images:
+            kind = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode,
+                    conv.groups, image.shape, image.dtype, image.device)
+            kinds.setdefault(kind, []).append((layer, image, rows, conv))
+        layer.images = []
+    for found in kinds.values():
+        owners, images, rows, convs = zip(*found)
+        totals = patch_sum(torch.stack(images), convs[0])
+        for layer, total, n in zip(owners, totals, rows):
+            if layer.bias is not None:
+                total = F.pad(total, (0, 1), value=float(n))
+            layer.add(total, [n] * layer.blocks)
+
+
+def joined(tensors):
+    """torch.cat in float32 or better, without a copy of what is one already; None for Nones."""
+    first = tensors[0]
+    if first is None:
+        return None
+    whole, ends = first._base, list(accumulate(map(len, tensors), initial=0))
+    if len(tensors) == 1:
+        whole = first
+    elif whole is None or whole.shape != (ends[-1], *first.shape[1:]) or any(
+            x._base is not whole or x.stride() != whole.stride()
+            or x.storage_offset() != end * whole.stride(0) for x, end in zip(tensors, ends)):
+        whole = torch.cat(tensors)
+    return whole.to(at_least_float32(whole))
 
 
 def known_modules(model):
@@ -483,8 +553,12 @@ class Hook:
         layers = [(i, layer) for i, layer in self.layers if layer.on and layer.weight.requires_grad]
         if not layers or not output.requires_grad or output.numel() == 0:
             return
-        with torch.no_grad(), full_precision(output.device.type):
-            found = self.statistics(self.module, dict(zip(self.names, args)) | kwargs, output)
+        inputs = dict(zip(self.names, args)) | kwargs
+        if self.statistics is mean_input:        # sums, which have no need of the following
+            found = mean_input(self.module, inputs, output)
+        else:
+            with torch.no_grad(), full_precision(output.device.type):
+                found = self.statistics(self.module, inputs, output)
 
         def arrived(grad):
             # Only a forward that is backpropagated counts. Where an earlier backward pass left no
@@ -634,7 +708,7 @@ class MAC(torch.optim.SGD):
             self.handles.append(parent.register_forward_pre_hook(arguments, with_kwargs=True))
             statistics = partial(fused_qkv, parent, arguments.arguments)
         else:
-            statistics = partial(linear_or_conv, first=layer.first)
+            statistics = input_covariance if layer.first else mean_input
         self.hooks[module] = Hook(module, statistics)
         self.handles.append(module.register_forward_hook(self.hooks[module], with_kwargs=True))
 
@@ -647,11 +721,12 @@ class MAC(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.update_statistics()
-        raw, decay = {}, []
+        raw, decay, grouped = {}, [], self.grouped()
         try:
             with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
-                self.precondition_gradients(raw)
+                self.update_statistics(grouped)
+                self.refresh(grouped)
+                self.precondition_gradients(grouped, raw)
             for group in self.param_groups:
                 if group["decoupled_weight_decay"]:
                     decay.append((group, group["weight_decay"]))
@@ -672,10 +747,10 @@ class MAC(torch.optim.SGD):
     def begin_step(self):
         """Tell the hooks whether the coming step's batch counts; note the step in the state."""
         for layer, group in self.grouped():
-            fixed = layer.weight in self.state and self.state[layer.weight].get("fixed", False)
-            layer.on = self.steps % group["tcov"] == 0 and not fixed
-            if layer.weight in self.state and "updates" in self.state[layer.weight]:
-                self.state[layer.weight]["step"] = self.steps
+            state = self.state.get(layer.weight, {})
+            layer.on = self.steps % group["tcov"] == 0 and not state.get("fixed", False)
+            if "updates" in state:
+                state["step"] = self.steps
 
     @property
     def collecting(self):
@@ -685,12 +760,12 @@ class MAC(torch.optim.SGD):
 
     def grouped(self):
         """(layer, its group), in an order that is the same on all ranks."""
-        return [(self.layers[p], group) for group in self.param_groups for p in group["params"]
-                if p in self.layers]
+        return [(layer, group) for group in self.param_groups
+                for layer in map(self.layers.get, group["params"]) if layer is not None]
 
-    def update_statistics(self):
+    def update_statistics(self, grouped):
         """(4) for the layers due, with the mean over the rows of all micro-batches and ranks."""
-        due = [(x, group) for x, group in self.grouped() if self.steps % group["tcov"] == 0]
+        due = [(x, group) for x, group in grouped if self.steps % group["tcov"] == 0]
         if not due:
             return
         for layer, _ in due:
@@ -704,14 +779,20 @@ class MAC(torch.optim.SGD):
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "
                 "was the model compiled and called before MAC was made, did zero_grad() come "
                 "between backward() and step(), or was backward() not called?")
+        averages = {}
         for (layer, group), mean in zip(due, means):
             state = self.state[layer.weight] if mean is not None else {}
             if mean is None or state.get("fixed"):
                 continue
             name = "covariance" if layer.first else "mean"
             state["updates"] = state.get("updates", 0) + 1
-            state[name] = running_mean(state[name], mean, state["updates"], group["stat_decay"]) \
-                if name in state else mean
+            if name in state:
+                pairs = averages.setdefault((state["updates"], group["stat_decay"]), [])
+                pairs.append((state[name], mean))
+            else:
+                state[name] = mean.clone()                  # the buffer's memory is not kept
+        for weights, pairs in averages.items():
+            running_mean(*map(list, zip(*pairs)), *weights)
 
     def pooled(self, layers):
         """Σ rows / number of rows, per layer; None where no rank saw any. Drops the sums.
@@ -719,74 +800,70 @@ class MAC(torch.optim.SGD):
         One flat buffer for all layers, so that ranks agree by one all-reduce, and one look at the
         buffer finds what is not finite.
         """
+        add_patches(layers)
         like = max((layer.weight for layer in layers), key=lambda w: w.dtype == torch.float64)
-        flat = torch.cat(
-            [layer.total.to(like.device, at_least_float32(like)).expand(layer.shape).reshape(-1)
-             for layer in layers] + [torch.cat([layer.rows for layer in layers])
-                                     .to(at_least_float32(like)).to(like.device)])
+        like = like.new_empty(0, dtype=at_least_float32(like))
+        shapes, rows = [layer.shape for layer in layers], sum((layer.rows for layer in layers), [])
+        flat = torch.cat([like.new_zeros(shape.numel()) if layer.total is None else
+                          layer.total.to(like).flatten() for layer, shape in zip(layers, shapes)]
+                         + [torch.tensor(rows, dtype=like.dtype, device="cpu").to(like)])
         for layer in layers:
             layer.drop()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
-        counts = flat[-sum(layer.blocks for layer in layers):]
-        sums = flat[:-len(counts)].split([torch.Size(layer.shape).numel() for layer in layers])
-        if not flat.isfinite().all():
-            bad = next(x.name for x, total in zip(layers, sums) if not total.isfinite().all())
+        sums, counts = flat.split([len(flat) - len(rows), len(rows)])
+        *counts, finite = torch.cat([counts, flat.isfinite().all().view(1)]).tolist()
+        parts = sums.split([shape.numel() for shape in shapes])
+        if not finite:
+            bad = next(x.name for x, total in zip(layers, parts) if not total.isfinite().all())
             raise FloatingPointError(
                 f"MAC: the inputs of layer {bad} are not finite in step {self.steps}; no "
                 "parameter was changed. Lower the learning rate, or look for the overflow that "
                 "caused it")
-        seen = counts.tolist()
-        means, start = [], 0
-        for layer, total in zip(layers, sums):
-            rows = counts[start:start + layer.blocks].view(-1, *[1] * (len(layer.shape) - 1))
-            mean = total.view(layer.shape) / rows
-            means.append(mean.to(layer.weight.device, at_least_float32(layer.weight))
-                         if seen[start] else None)
-            start += layer.blocks
-        return means
+        blocks = [shape[1:].numel() for shape in shapes for _ in range(shape[0])]
+        torch._foreach_div_(sums.split(blocks), [max(n, 1) for n in counts])
+        firsts = accumulate((shape[0] for shape in shapes), initial=0)
+        return [part.view(shape).to(layer.weight.device, at_least_float32(layer.weight))
+                if counts[first] else None
+                for layer, shape, part, first in zip(layers, shapes, parts, firsts)]
 
-    def precondition_gradients(self, raw):
+    def precondition_gradients(self, grouped, raw):
         """Replace p.grad by G̃ for every layer that has statistics; raw collects what was there."""
-        self.refresh()
-        for layer, group in self.grouped():
-            weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
-            if weight.grad is None or "updates" not in state:
-                continue
-            dtype = at_least_float32(weight)
-            grad, bias_grad = weight.grad.to(dtype), None
-            if bias is not None:                     # without a gradient of its own, it counts as 0
-                bias_grad = torch.zeros_like(bias) if bias.grad is None else bias.grad
-                bias_grad = bias_grad[layer.bias_rows].to(dtype)
-            if layer.first:
-                new = precondition_first(grad, bias_grad, state["factor"], group["damping"])
+        for layers, damping in stacks(
+                (layer, group) for layer, group in grouped if layer.weight.grad is not None
+                and "updates" in self.state.get(layer.weight, {})):
+            states = [self.state[layer.weight] for layer in layers]
+            grad, bias_grad = map(joined, zip(*(layer.grads() for layer in layers)))
+            if layers[0].first:
+                new = precondition_first(grad, bias_grad, states[0]["factor"], damping)
             else:
-                mean = state.get("applied", state["mean"])
-                new = precondition(grad, bias_grad, mean, group["damping"])
-            raw[weight], weight.grad = weight.grad, new[0].to(weight.dtype)
-            if bias is not None and bias.grad is not None:
-                if bias not in raw:          # one bias may serve three weights, a third to each
-                    raw[bias], bias.grad = bias.grad, bias.grad.clone()
-                bias.grad[layer.bias_rows] = new[1].to(bias.dtype)
+                mean = joined([state.get("applied", state["mean"]) for state in states])
+                new = precondition(grad, bias_grad, mean, damping)
+            replace_grads(layers, *new, raw)
 
-    def refresh(self):
+    def refresh(self, grouped):
         """Bring what is applied up to date every tinv steps, or where there is nothing to apply."""
-        for layer, group in self.grouped():
+        due = []
+        for layer, group in grouped:
             state = self.state.get(layer.weight, {})
-            due = self.steps % group["tinv"] == 0
-            if "updates" not in state:
-                continue
-            if layer.first and (due or "factor" not in state):
-                factor, failed = damped_cholesky(state["covariance"], group["damping"])
-                if failed.any():
-                    raise FloatingPointError(
-                        f"MAC: the input covariance of layer {layer.name} plus damping "
-                        f"{group['damping']} is not positive definite to rounding; raise damping")
-                state["factor"] = factor
-            elif not layer.first and group["tcov"] % group["tinv"] == 0:
+            if not layer.first and group["tcov"] % group["tinv"] == 0:
                 state.pop("applied", None)       # the average itself, which no other step changes
-            elif not layer.first and (due or "applied" not in state):
-                state["applied"] = state["mean"].clone()
+            elif "updates" in state and (self.steps % group["tinv"] == 0 or (
+                    "factor" if layer.first else "applied") not in state):
+                due.append((layer, group))
+        for layers, damping in stacks(due):
+            states = [self.state[layer.weight] for layer in layers]
+            if not layers[0].first:
+                means = torch.cat([state["mean"] for state in states])
+                for state, mean in zip(states, means.split(layers[0].blocks)):
+                    state["applied"] = mean
+                continue
+            factor, failed = damped_cholesky(states[0]["covariance"], damping)
+            if failed.any():
+                raise FloatingPointError(
+                    f"MAC: the input covariance of layer {layers[0].name} plus damping {damping} "
+                    "is not positive definite to rounding; raise damping")
+            states[0]["factor"] = factor
 
     # ---- the rest of torch's interface ----
 
@@ -854,7 +931,7 @@ class MAC(torch.optim.SGD):
         def collect(module, args, kwargs, output):
             inputs = dict(zip(hook.names, args)) | kwargs
             with full_precision(output.device.type):
-                layer.add(*linear_or_conv(module, inputs, output, first=True)[0])
+                layer.add(*input_covariance(module, inputs, output)[0])
             raise Found
         model = self.model
         while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
@@ -883,6 +960,37 @@ class MAC(torch.optim.SGD):
         state.pop("factor", None)
         state.update(covariance=covariance, updates=1, fixed=True)
         self.begin_step()
+
+
+def stacks(grouped):
+    """Lists of layers of one shape, whose blocks can stand as those of one layer; their damping.
+
+    A small layer's step costs a GPU the launches of its kernels, so such layers share them.
+    """
+    found = {}
+    for layer, group in grouped:
+        weight = layer.weight
+        kind = (weight.shape, layer.shape, layer.bias is None, weight.dtype, weight.device,
+                group["damping"])
+        found.setdefault(kind, []).append(layer)
+    for (*shapes, _, _, _, damping), layers in found.items():
+        at_once = max(1, STACK // max(shape.numel() for shape in shapes))
+        for i in range(0, len(layers), at_once):
+            yield layers[i:i + at_once], damping
+
+
+def replace_grads(layers, grad, bias_grad, raw):
+    """Give each layer its part of grad and bias_grad; raw collects what was there."""
+    sizes = [len(layer.weight) for layer in layers]
+    grads = grad.to(layers[0].weight.dtype).split(sizes)
+    bias_grads = sizes if bias_grad is None else bias_grad.split(sizes)
+    for layer, new, new_bias in zip(layers, grads, bias_grads):
+        weight, bias = layer.weight, layer.bias
+        raw[weight], weight.grad = weight.grad, new
+        if bias is not None and bias.grad is not None:
+            if bias not in raw:              # one bias may serve three weights, a third to each
+                raw[bias], bias.grad = bias.grad, bias.grad.clone()
+            bias.grad[layer.bias_rows] = new_bias
 
 
 def remove_hooks(handles):
