@@ -245,6 +245,15 @@ def bordered(A, total, rows):
     return F.pad(torch.cat([A, total], 1), (0, 1), value=float(rows))
 
 
+def patches(x, conv):
+    """A convolution's patches of x (B, C, H, W), by one copy: (groups, C/groups·kh·kw, B·oH·oW)."""
+    x = pad(x, conv)
+    for dim, k, stride, dilation in zip((2, 3), conv.kernel_size, conv.stride, conv.dilation):
+        x = x.unfold(dim, dilation * (k - 1) + 1, stride)[..., ::dilation]
+    rows = len(x) * x.shape[2] * x.shape[3]                          # of x (B, C, oH, oW, kh, kw)
+    return x.permute(1, 4, 5, 0, 2, 3).reshape(conv.groups, -1, rows)
+
+
 def patch_gram(x, conv):
     """Σ a aᵀ over all patches of a convolution: (groups, d, d), from x (B, C, H, W)."""
     x = x.to(at_least_float32(x))
@@ -255,12 +264,10 @@ def patch_gram(x, conv):
     if conv.stride == conv.dilation == (1, 1) and padding == half and conv.padding_mode == "zeros" \
             and all(k % 2 and size >= k // 2 for k, size in zip(conv.kernel_size, x.shape[2:])):
         return shift_gram(x, *conv.kernel_size, conv.groups)
-    patches = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
-    total, chunk = 0, max(1, CHUNK // max(1, patches))
+    numbers = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
+    total, chunk = 0, max(1, CHUNK // max(1, numbers))
     for part in x.split(chunk):
-        a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
-        a = a.unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
-        total = total + gram(a)                                     # (groups, d, b·oH·oW) each
+        total = total + gram(patches(part, conv))
     return total
 
 

@@ -190,14 +190,22 @@ def pad(x, conv):
     return F.pad(x, (*cols, *rows), mode=mode)
 
 
+def patches(x, conv):
+    """A convolution's patches of x (B, C, H, W), by one copy: (groups, C/groups·kh·kw, B·oH·oW)."""
+    x = pad(x, conv)
+    for dim, k, stride, dilation in zip((2, 3), conv.kernel_size, conv.stride, conv.dilation):
+        x = x.unfold(dim, dilation * (k - 1) + 1, stride)[..., ::dilation]
+    rows = len(x) * x.shape[2] * x.shape[3]                          # of x (B, C, oH, oW, kh, kw)
+    return x.permute(1, 4, 5, 0, 2, 3).reshape(conv.groups, -1, rows)
+
+
 def patch_gram(x, conv):
     """Σ [a; 1][a; 1]ᵀ over all patches of a convolution, in bounded chunks: (groups, d, d)."""
-    patches = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
-    A, rows, chunk = 0, 0, max(1, CHUNK // max(1, patches))
+    numbers = x[0].numel() * conv.weight[0, 0].numel() // (conv.stride[0] * conv.stride[1])
+    A, rows, chunk = 0, 0, max(1, CHUNK // max(1, numbers))
     for part in x.to(at_least_float32(x)).split(chunk):
-        a = F.unfold(pad(part, conv), conv.kernel_size, conv.dilation, 0, conv.stride)
-        a = a.unflatten(1, (conv.groups, -1))                       # (b, groups, d − 1, oH·oW)
-        A, rows = A + (a @ a.mT).sum(0), rows + len(a) * a.shape[-1]
+        a = patches(part, conv)                                     # (groups, d − 1, b·oH·oW)
+        A, rows = A + a @ a.mT, rows + a.shape[2]
     A, sums = F.pad(A, (0, 1, 0, 1), value=float(rows)), patch_sum(image_sum(x), conv)
     A[:, -1, :-1], A[:, :-1, -1] = sums, sums
     return A

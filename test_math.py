@@ -2279,6 +2279,58 @@ def launches(make):
     assert counts[30] <= counts[3] + (27 if "adafisher" in type(optimizer).__module__ else 0)
 
 
+class OneDevice(TorchDispatchMode):
+    """Raises where an operator meets tensors of two devices, or the host reads from a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        devices = {x.device for x in tree_leaves((args, kwargs or {}))
+                   if torch.is_tensor(x) and x.dim()}
+        assert len(devices) < 2 or name in ("copy_", "_to_copy"), (name, devices)
+        assert name not in ("_local_scalar_dense", "nonzero", "equal"), name
+        return func(*args, **(kwargs or {}))
+
+
+@each_optimizer
+def devices(make):
+    """Away from the CPU nothing stays on it; a step without statistics reads nothing from there.
+
+    The meta device stands in for a GPU: its tensors have no numbers, so each read is answered here.
+    """
+    reads, sampled = [], isinstance(make(make_net()), KFAC)
+
+    def counts(tensor):              # of rows; KFAC: of ranks that failed; is all of it finite?
+        reads.append("tolist")
+        return [1.0] * (len(tensor) - 2) + [0.0 if sampled else 1.0, 1.0]
+
+    def no_failure(tensor):
+        reads.append("bool")
+        return False
+    fakes = dict(tolist=counts, __bool__=no_failure, cpu=lambda tensor: tensor)
+    kept = {name: getattr(torch.Tensor, name) for name in fakes}
+    net = make_net(dtype=torch.float32).to("meta")
+    optimizer = make(net, foreach=True)
+    module = sys.modules[type(optimizer).__module__]
+    exact, module.full_precision = module.full_precision, lambda device: contextlib.nullcontext()
+    x, y = torch.empty(6, 3, 6, 6, device="meta"), torch.empty(6, dtype=torch.long, device="meta")
+    try:
+        for name, fake in fakes.items():
+            setattr(torch.Tensor, name, fake)
+        for step in range(5):
+            reads.clear()
+            with OneDevice():
+                usual(net, optimizer, [(x, y)])
+            assert reads.count("tolist") == (step % 2 == 0), (step, reads)
+            assert step % 2 == 0 or step % 3 == 0 or not reads, (step, reads)
+    finally:
+        for name, function in kept.items():
+            setattr(torch.Tensor, name, function)
+        module.full_precision = exact
+    found = {v.device.type for s in optimizer.state.values() for v in s.values()
+             if torch.is_tensor(v)}
+    assert found == {"meta"}, found
+
+
 @each_optimizer
 def unusual_set_ups(make):
     """An empty group, all preconditioned weights frozen, a bias that two layers share."""
