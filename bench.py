@@ -5,6 +5,7 @@
     python bench.py --model deit_tiny_cifar --tinv 5 --csv deit.csv
     python bench.py --device cuda --amp --channels_last --model resnet50_cifar --cycles 5
     python bench.py --scaling                         # how one layer's cost grows: three minutes
+    python bench.py --launches --model resnet110      # operators that a GPU would have to launch
 
 All optimizers train copies of one network on the same random images, in turn, step by step, in one
 process, so that whatever else the machine does meets all of them alike. A cycle is as many steps
@@ -36,6 +37,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch is imported
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from models import CIFAR_MODELS
@@ -277,6 +279,57 @@ def exponent(sizes, seconds):
                                         [math.log(t) for t in seconds]).slope
 
 
+class Operators(TorchDispatchMode):
+    """Names the operators that are no views: a GPU launches a kernel, or a few, for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        view = any(x.alias_info is not None and not x.alias_info.is_write
+                   for x in func._schema.returns)
+        if not view and "empty" not in name:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def bench_launches(args):
+    """Rows of the table: one dict per optimizer. Steps that differ in what is due count once."""
+    torch.manual_seed(0)
+    net, clock, rows = CIFAR_MODELS[args.model]().to(args.device), Clock(args.device), []
+    x, y = torch.randn(2, 3, 32, 32, device=args.device), torch.zeros(2, dtype=torch.long)
+    y = y.to(args.device)
+    for optim in tqdm(args.optim, "counting", disable=None, leave=False):
+        lists = {} if optim.startswith("adafisher") else dict(foreach=True)      # as on a GPU
+        copied, found, counts = copy.deepcopy(net), {}, []
+        optimizer = make(optim, copied, args, **lists)
+        group = optimizer.param_groups[0]
+        tcov = group.get("tcov", 1)
+        tinv = group.get("tinv", tcov)
+
+        def step():
+            train_step(clock, copied, optimizer, lambda net: F.cross_entropy(net(x), y))
+        step()                                           # memory is taken
+        for i in range(max(tcov, tinv)):
+            due = (i % tcov == 0, i % tinv == 0)
+            if due not in found:
+                if optim in FILES:
+                    optimizer.steps = max(tcov, tinv) + i
+                    optimizer.begin_step()
+                with Operators() as operators:
+                    step()
+                found[due] = len(operators.names)
+            counts.append(found[due])
+        mean = statistics.mean(counts)
+        rows.append(dict(optimizer=optim, between=min(counts), due=max(counts), mean=mean,
+                         ratio=mean / rows[0]["mean"] if rows else 1.0))
+    print(f"{args.model}, torch {torch.__version__}: operators of a step, forward and backward "
+          "passes included")
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------
 # Tables and the command line
 # ---------------------------------------------------------------------------------------------
@@ -302,6 +355,13 @@ def show_scaling(rows):
                         in zip(PARTS, (12, 15, 13))))
 
 
+def show_launches(rows):
+    print("optimizer   nothing due  all due  mean of a cycle  ratio to SGD's")
+    for row in rows:
+        print(f"{row['optimizer']:<10} {row['between']:>12,} {row['due']:>8,} {row['mean']:>16,.1f} "
+              f"{row['ratio']:>15.3f}")
+
+
 def parse():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     usage="python bench.py [flags]", allow_abbrev=False)
@@ -320,11 +380,16 @@ def parse():
     parser.add_argument("--channels_last", action="store_true", help="NHWC memory format")
     parser.add_argument("--scaling", action="store_true",
                         help="one layer of growing size in place of a network")
+    parser.add_argument("--launches", action="store_true",
+                        help="count operators in place of measuring time")
     parser.add_argument("--csv", metavar="FILE", help="write the table to this file too")
     args = parser.parse_args()
     args.optim = ["sgd", *(optim for optim in dict.fromkeys(args.optim) if optim != "sgd")]
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds none here; --device cpu works")
+    folder = os.path.dirname(os.path.abspath(args.csv or ""))
+    if not os.path.isdir(folder) or os.path.isdir(args.csv or ""):
+        raise UsageError(f"--csv {args.csv}: not a file in an existing folder")
     return args
 
 
@@ -333,8 +398,10 @@ def main():
     torch.set_num_threads(1)
     try:
         args = parse()
-        rows = bench_scaling(args) if args.scaling else bench_network(args)
-        (show_scaling if args.scaling else show_network)(rows)
+        bench, show = (bench_scaling, show_scaling) if args.scaling else \
+            (bench_launches, show_launches) if args.launches else (bench_network, show_network)
+        rows = bench(args)
+        show(rows)
         if args.csv:
             with open(args.csv, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[0]))

@@ -1104,14 +1104,18 @@ def replace_grads(layers, grad, bias_grad, raw):
     """Give each layer its part of grad and bias_grad; raw collects what was there."""
     sizes = [len(layer.weight) for layer in layers]
     grads = grad.to(layers[0].weight.dtype).split(sizes)
-    bias_grads = sizes if bias_grad is None else bias_grad.split(sizes)
+    bias_grads = [None] * len(layers) if bias_grad is None else bias_grad.split(sizes)
     for layer, new, new_bias in zip(layers, grads, bias_grads):
         weight, bias = layer.weight, layer.bias
         raw[weight], weight.grad = weight.grad, new
-        if bias is not None and bias.grad is not None:
-            if bias not in raw:              # one bias may serve three weights, a third to each
-                raw[bias], bias.grad = bias.grad, bias.grad.clone()
-            bias.grad[layer.bias_rows] = new_bias
+        if bias is None or bias.grad is None:
+            continue
+        if layer.bias_rows == slice(None):
+            raw[bias], bias.grad = bias.grad, new_bias.to(bias.dtype)
+            continue
+        if bias not in raw:                  # one bias serves three weights, a third to each
+            raw[bias], bias.grad = bias.grad, bias.grad.clone()
+        bias.grad[layer.bias_rows] = new_bias
 
 
 def remove_hooks(handles):

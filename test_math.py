@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adafisher
 import analyze
+import bench
 import foof
 import kfac
 import mac
@@ -2234,24 +2235,6 @@ def stacks(make):
     close_all("resumed", snapshot(fresh, resumed), snapshot(net, optimizer), 0)
 
 
-class Launches(TorchDispatchMode):
-    """Counts operators that are no views: on a GPU each is a launch, or a few."""
-
-    views = ("view", "split", "split_with_sizes", "slice", "select", "expand", "transpose", "t",
-             "permute", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "unbind",
-             "diagonal", "_unsafe_view", "promote_types")
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in self.views:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @each_optimizer
 def launches(make):
     """A step without statistics launches as many kernels for 30 layers of one shape as for 3."""
@@ -2266,12 +2249,12 @@ def launches(make):
         usual(net, optimizer, data[:1])
         names = []
         for model in (net, copy.deepcopy(net)):                        # the copy's hooks are inert
-            with Launches() as launches:
+            with bench.Operators() as launches:
                 model.zero_grad()
                 loss_of(model, *data[1]).backward()
             names.append(launches.names)
         assert names[0] == names[1]
-        with Launches() as launches:
+        with bench.Operators() as launches:
             optimizer.step()
         counts[depth] = len(launches.names)
     print(f"    launches of a step: {counts[3]} for 3 layers, {counts[30]} for 30")

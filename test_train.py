@@ -1,6 +1,6 @@
-"""train_cifar.py as a user runs it: python test_train.py (two minutes on two CPU cores).
+"""train_cifar.py and bench.py as a user runs them: python test_train.py (two minutes on two CPU cores).
 
-Every check starts the script as a process of its own in a temporary folder, on generated images,
+Every check starts its script as a process of its own in a temporary folder, on generated images,
 without data or network. Settings are tiny, so the accuracies mean nothing.
 """
 import contextlib
@@ -36,9 +36,9 @@ MEASURED = ("seconds", "peak_memory")     # the columns that two equal runs may 
 # Running the script
 # ---------------------------------------------------------------------------------------------
 
-def start(cwd, *argv, **env):
+def start(cwd, *argv, script="train_cifar.py", **env):
     """The script as a process; its output through pipes, one thread so that cores are left."""
-    command = [sys.executable, str(HERE / "train_cifar.py"), *map(str, argv)]
+    command = [sys.executable, str(HERE / script), *map(str, argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, encoding="utf-8",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -57,9 +57,9 @@ def run(cwd, *argv, status=0, **env):
     return finish(start(cwd, *argv, **env), status)
 
 
-def refused(cwd, *argv, status=2):
+def refused(cwd, *argv, status=2, **script):
     """The one sentence with which the script refuses a command."""
-    out, err = run(cwd, *argv, status=status)
+    out, err = run(cwd, *argv, status=status, **script)
     lines = [line for line in err.splitlines() if not line.startswith("note:")]
     assert len(lines) == 1, err
     return lines[0]
@@ -335,6 +335,33 @@ def test_damaged_checkpoint():
             assert str(path) in err.getvalue() and path.read_bytes() == content, name
         assert read_log(tmp / "run")[0]["epoch"] == "1"
     print(f"    {', '.join(damaged)}")
+
+
+def test_bench():
+    """bench.py: the rows of each table, in csv too, and wrong commands."""
+    def table(cwd, *argv):
+        run(cwd, "--model", "lenet5", "--csv", "table.csv", *argv, script="bench.py")
+        with open(cwd / "table.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {row.pop("optimizer"): {k: float(v) for k, v in row.items()} for row in rows}
+    with folder() as cwd:
+        found = table(cwd, "--batch_size", 4, "--cycles", 2, "--tcov", 2, "--tinv", 4)
+        assert list(found) == ["sgd", "mac", "nysact", "foof", "kfac", "adafisher"]
+        for optim, row in found.items():
+            assert row["least"] <= row["step"] <= row["most"] and row["application"] > 0, row
+            assert (row["statistics"] > 0) == (optim != "sgd"), row
+            parts = row["statistics"] + row["factorisation"] + row["application"]
+            assert 0 < parts < row["step"], row
+        assert found["sgd"]["step"] == found["sgd"]["state"] == 1 and found["sgd"]["peak"] == 0
+        assert 1 < found["mac"]["state"] < found["nysact"]["state"] < found["foof"]["state"]
+        counts = table(cwd, "--launches")
+        assert counts["sgd"]["ratio"] == 1 and counts["sgd"]["between"] == counts["sgd"]["due"]
+        for row in counts.values():
+            assert counts["sgd"]["mean"] <= row["between"] <= row["mean"] <= row["due"], row
+        refused(cwd, "--cycles", 0, script="bench.py")
+        refused(cwd, "--model", "resnet", script="bench.py")
+        refused(cwd, "--csv", "no/such/folder.csv", "--model", "lenet5", "--launches",
+                script="bench.py")
 
 
 def test_used_folder():
