@@ -1,16 +1,18 @@
 """What a step of each optimizer costs in time and memory, as a ratio to SGD's, on this machine.
 
     python bench.py                                   # ResNet-20, batch 128: some two minutes
-    python bench.py --optim mac foof --cycles 3       # three cycles of tinv steps, and their spread
+    python bench.py --optim mac foof --repeats 30     # closer, where other work disturbs
     python bench.py --model deit_tiny_cifar --tinv 5 --csv deit.csv
-    python bench.py --device cuda --amp --channels_last --model resnet50_cifar --cycles 5
+    python bench.py --device cuda --amp --channels_last --model resnet50_cifar --repeats 50
     python bench.py --scaling                         # how one layer's cost grows: three minutes
     python bench.py --launches --model resnet110      # operators that a GPU would have to launch
 
 All optimizers train copies of one network on the same random images, in turn, step by step, in one
-process, so that whatever else the machine does meets all of them alike. A cycle is as many steps
-as the longest of their periods tcov and tinv: it holds every cost in its right proportion. The
-figures are CPU seconds of one thread; on a GPU, milliseconds between events on its stream.
+process, so that whatever else the machine does meets all of them alike. Steps differ by what is due
+in them, by tcov and tinv. Each repeat takes one step of every kind; weighted by how often the kind
+comes in a cycle of tinv steps, and divided by SGD's step of that repeat, they are one ratio. Shown
+are medians over the repeats, and the quartiles. Times are CPU seconds of one thread, on a GPU
+seconds between events on its stream.
 
     statistics       in the hooks and at the beginning of step()
     factorisation    bringing what is applied up to date
@@ -59,7 +61,8 @@ class Clock:
     """Adds up the time of nested spans, each without the spans inside it."""
 
     def __init__(self, device):
-        self.cuda, self.spans, self.open, self.optim = device == "cuda", [], [], None
+        self.cuda, self.spans, self.open = device == "cuda", [], []
+        self.optim = self.due = None         # who takes a step, and what is due in it
 
     def now(self):
         if not self.cuda:
@@ -74,7 +77,7 @@ class Clock:
         self.open.append(part)
         start = self.now()
         yield
-        self.spans.append((self.optim, part, outer, start, self.now()))
+        self.spans.append((self.optim, self.due, part, outer, start, self.now()))
         self.open.pop()
 
     def watch(self, owner, name, part):
@@ -87,17 +90,16 @@ class Clock:
         setattr(owner, name, timed)
 
     def read(self):
-        """{optimizer: {part: seconds since the last reading}}."""
+        """{optimizer: {due: {part: seconds since the last reading}}}."""
         if self.cuda:
             torch.cuda.synchronize()
-        seconds = defaultdict(lambda: defaultdict(float))
-        for optim, part, outer, start, end in self.spans:
+        seconds = defaultdict(lambda: defaultdict(lambda: defaultdict(float)))
+        for optim, due, part, outer, start, end in self.spans:
             span = start.elapsed_time(end) / 1e3 if self.cuda else end - start
-            seconds[optim][part] += span
-            seconds[optim][outer] -= span
+            seconds[optim][due][part] += span
+            if outer is not None:
+                seconds[optim][due][outer] -= span
         self.spans.clear()
-        for parts in seconds.values():
-            del parts[None]          # what was taken off outside all spans
         return seconds
 
 
@@ -129,22 +131,51 @@ def train_step(clock, net, optimizer, loss_of):
             optimizer.step()
 
 
-def measure(clock, nets, optimizers, losses, cycles):
-    """[{optimizer: {part: seconds per step}}], one for each cycle."""
+def kinds_of(optimizer):
+    """{(statistics due?, refresh due?): (a step of this kind, such steps' share of a cycle)}."""
+    group = optimizer.param_groups[0]
+    tcov = group.get("tcov", 1)
+    tinv = group.get("tinv", tcov)
+    cycle, kinds = math.lcm(tcov, tinv), {}
+    for step in range(cycle):
+        due = (step % tcov == 0, step % tinv == 0)
+        first, share = kinds.get(due, (cycle + step, 0))
+        kinds[due] = first, share + 1 / cycle
+    return kinds
+
+
+def go_to(optimizer, step):
+    """Let the coming step be this one, with all that is due in it."""
+    if hasattr(optimizer, "begin_step"):
+        optimizer.steps = step
+        optimizer.begin_step()
+
+
+def measure(clock, nets, optimizers, losses, repeats):
+    """[{optimizer: {part: seconds per step}}], one for each repeat."""
+    kinds = {optim: kinds_of(optimizer) for optim, optimizer in optimizers.items()}
     for clock.optim in nets:         # memory is taken and kernels are chosen in a first step
         train_step(clock, nets[clock.optim], optimizers[clock.optim], losses[0])
     clock.read()
-    cycle = max(max(group.get("tcov", 1), group.get("tinv", 1))
-                for o in optimizers.values() for group in o.param_groups)
-    results, names = [], list(nets)
-    for _ in range(cycles):
-        for step in tqdm(range(cycle), f"cycle of {cycle} steps", disable=None, leave=False):
-            for clock.optim in names if step % 2 else names[::-1]:
-                train_step(clock, nets[clock.optim], optimizers[clock.optim],
-                           losses[step % len(losses)])
-        results.append({optim: {part: s / cycle for part, s in parts.items()}
-                        for optim, parts in clock.read().items()})
-    return cycle, results
+    results, names, turn = [], list(nets), 0
+    for _ in tqdm(range(repeats), "repeats", disable=None, leave=False):
+        for clock.due in sorted(set().union(*kinds.values())):
+            turn += 1
+            for clock.optim in names if turn % 2 else names[::-1]:
+                known = kinds[clock.optim]
+                if clock.due in known:
+                    go_to(optimizers[clock.optim], known[clock.due][0])
+                if clock.due in known or len(known) == 1:      # SGD's steps are all of one kind
+                    train_step(clock, nets[clock.optim], optimizers[clock.optim],
+                               losses[turn % len(losses)])
+        results.append({})
+        for optim, found in clock.read().items():
+            shares = {due: kinds[optim][due][1] for due in found} if len(found) == len(
+                kinds[optim]) else dict.fromkeys(found, 1 / len(found))
+            results[-1][optim] = {part: sum(shares[due] * parts[part]
+                                            for due, parts in found.items())
+                                  for part in ("forward and backward", *PARTS)}
+    return results
 
 
 def peak_bytes(step, device):
@@ -181,31 +212,31 @@ def bench_network(args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             return F.cross_entropy(net(x).float(), y)
     losses = [lambda net, x=x, y=y: loss(net, x, y) for x, y in batches]
-    cycle, results = measure(clock, nets, optimizers, losses, args.cycles)
+    results = measure(clock, nets, optimizers, losses, args.repeats)
     rows = []
     for clock.optim, optimizer in optimizers.items():
         rows.append(row_of(clock.optim, results, args.optim[0]))
-        if clock.optim in FILES:
-            optimizer.steps = 0          # a multiple of all periods
-            optimizer.begin_step()
+        go_to(optimizer, 0)              # a multiple of all periods
         rows[-1]["state"] = state_numbers(optimizer) / sum(p.numel() for p in net.parameters())
         rows[-1]["peak"] = peak_bytes(lambda: train_step(clock, nets[clock.optim], optimizer,
                                                          losses[0]), args.device)
     for row in rows[::-1]:
         row["peak"] = (row["peak"] - rows[0]["peak"]) / 2 ** 20
     print(f"{args.model}, batch {args.batch_size}, {args.device}, torch {torch.__version__}, "
-          f"{args.cycles} cycles of {cycle} steps; all times as ratios to SGD's step")
+          f"{args.repeats} repeats; all times as ratios to SGD's step")
     return rows
 
 
 def row_of(optim, results, baseline):
-    """Medians over the cycles, as ratios to the whole step of the baseline."""
+    """Medians over the repeats, and quartiles, as ratios to the whole step of the baseline."""
     steps = [sum(result[optim].values()) for result in results]
     whole = [sum(result[baseline].values()) for result in results]
     ratios = [a / b for a, b in zip(steps, whole)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else \
+        ratios * 3
     return dict(optimizer=optim, seconds=statistics.median(steps), step=statistics.median(ratios),
-                least=min(ratios), most=max(ratios)) | {
-        part: statistics.median(result[optim].get(part, 0) / b for result, b in zip(results, whole))
+                low=low, high=high) | {
+        part: statistics.median(result[optim][part] / b for result, b in zip(results, whole))
         for part in PARTS}
 
 
@@ -261,11 +292,9 @@ def one_layer(clock, layer, x, args, repeats=3):
         hidden = dict(input_covariance=False) if clock.optim == "mac" else {}
         optimizer = make(clock.optim, net, args, **hidden)
         for _ in range(1 + repeats):          # the first takes memory and chooses kernels
-            if clock.optim in FILES:
-                optimizer.steps = 0
-                optimizer.begin_step()
+            go_to(optimizer, 0)
             train_step(clock, net, optimizer, lambda net: net(x).square().mean())
-            seconds.append(clock.read()[clock.optim])
+            seconds.append(clock.read()[clock.optim][None])
         medians[clock.optim] = {part: statistics.median(s[part] for s in seconds[1:])
                                 for part in PARTS}
     return medians
@@ -290,40 +319,32 @@ class Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         view = any(x.alias_info is not None and not x.alias_info.is_write
                    for x in func._schema.returns)
-        if not view and "empty" not in name:
+        if not view and "empty" not in name and name not in ("_unsafe_view", "promote_types"):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
 def bench_launches(args):
-    """Rows of the table: one dict per optimizer. Steps that differ in what is due count once."""
+    """Rows of the table: one dict per optimizer."""
     torch.manual_seed(0)
     net, clock, rows = CIFAR_MODELS[args.model]().to(args.device), Clock(args.device), []
     x, y = torch.randn(2, 3, 32, 32, device=args.device), torch.zeros(2, dtype=torch.long)
     y = y.to(args.device)
     for optim in tqdm(args.optim, "counting", disable=None, leave=False):
         lists = {} if optim.startswith("adafisher") else dict(foreach=True)      # as on a GPU
-        copied, found, counts = copy.deepcopy(net), {}, []
+        copied, counts = copy.deepcopy(net), []
         optimizer = make(optim, copied, args, **lists)
-        group = optimizer.param_groups[0]
-        tcov = group.get("tcov", 1)
-        tinv = group.get("tinv", tcov)
 
         def step():
             train_step(clock, copied, optimizer, lambda net: F.cross_entropy(net(x), y))
         step()                                           # memory is taken
-        for i in range(max(tcov, tinv)):
-            due = (i % tcov == 0, i % tinv == 0)
-            if due not in found:
-                if optim in FILES:
-                    optimizer.steps = max(tcov, tinv) + i
-                    optimizer.begin_step()
-                with Operators() as operators:
-                    step()
-                found[due] = len(operators.names)
-            counts.append(found[due])
-        mean = statistics.mean(counts)
-        rows.append(dict(optimizer=optim, between=min(counts), due=max(counts), mean=mean,
+        for first, share in kinds_of(optimizer).values():
+            go_to(optimizer, first)
+            with Operators() as operators:
+                step()
+            counts.append((len(operators.names), share))
+        mean = sum(count * share for count, share in counts)
+        rows.append(dict(optimizer=optim, between=min(counts)[0], due=max(counts)[0], mean=mean,
                          ratio=mean / rows[0]["mean"] if rows else 1.0))
     print(f"{args.model}, torch {torch.__version__}: operators of a step, forward and backward "
           "passes included")
@@ -335,11 +356,11 @@ def bench_launches(args):
 # ---------------------------------------------------------------------------------------------
 
 def show_network(rows):
-    print("optimizer   s/step    step (least to most)  statistics  factorisation  application  "
+    print("optimizer   s/step    step (quartiles)      statistics  factorisation  application  "
           "state  peak, MiB")
     for row in rows:
         print(f"{row['optimizer']:<10} {row['seconds']:7.4f}  {row['step']:6.3f} "
-              f"({row['least']:.3f} to {row['most']:.3f})  {row['statistics']:10.4f}  "
+              f"({row['low']:.3f} to {row['high']:.3f})  {row['statistics']:10.4f}  "
               f"{row['factorisation']:13.4f}  {row['application']:11.4f}  {row['state']:5.2f}  "
               f"{row['peak']:9.1f}")
 
@@ -371,7 +392,7 @@ def parse():
     parser.add_argument("--model", default="resnet20", choices=list(CIFAR_MODELS), metavar="NAME",
                         help="%(choices)s (default %(default)s)")
     parser.add_argument("--batch_size", type=COUNT, default=128, help="default %(default)s")
-    parser.add_argument("--cycles", type=COUNT, default=1, help="default %(default)s")
+    parser.add_argument("--repeats", type=COUNT, default=10, help="default %(default)s")
     parser.add_argument("--tcov", type=COUNT, help="for all, in place of the published period")
     parser.add_argument("--tinv", type=COUNT, help="likewise")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),

@@ -226,6 +226,8 @@ def gram(a):
     the whole product's work.
     """
     d = a.shape[-2]
+    if d <= 128:
+        return a @ a.mT
     A = a.new_zeros(*a.shape[:-1], d)
     for i in range(0, d, 128):
         A[..., i:i + 128, :i + 128] = a[..., i:i + 128, :] @ a[..., :i + 128, :].mT
@@ -581,7 +583,8 @@ class Hook:
             backward = torch._C._current_graph_task_id()
             totals = sampled
             if self.calls.tape is None:        # before squaring, where a scaled gradient overflows
-                totals = [gram(grad.to(at_least_float32(grad)) / call.scale)]
+                totals = [gram(grad if call.scale == 1.0 else
+                               grad.to(at_least_float32(grad)) / call.scale)]
             self.calls.missed = self.calls.missed or not totals
             for i, layer in layers:
                 if layer.weight.grad is None and layer.backward != backward:

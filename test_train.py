@@ -345,10 +345,10 @@ def test_bench():
             rows = list(csv.DictReader(file))
         return {row.pop("optimizer"): {k: float(v) for k, v in row.items()} for row in rows}
     with folder() as cwd:
-        found = table(cwd, "--batch_size", 4, "--cycles", 2, "--tcov", 2, "--tinv", 4)
+        found = table(cwd, "--batch_size", 4, "--repeats", 3, "--tcov", 2, "--tinv", 4)
         assert list(found) == ["sgd", "mac", "nysact", "foof", "kfac", "adafisher"]
         for optim, row in found.items():
-            assert row["least"] <= row["step"] <= row["most"] and row["application"] > 0, row
+            assert row["low"] <= row["step"] <= row["high"] and row["application"] > 0, row
             assert (row["statistics"] > 0) == (optim != "sgd"), row
             parts = row["statistics"] + row["factorisation"] + row["application"]
             assert 0 < parts < row["step"], row
@@ -358,7 +358,7 @@ def test_bench():
         assert counts["sgd"]["ratio"] == 1 and counts["sgd"]["between"] == counts["sgd"]["due"]
         for row in counts.values():
             assert counts["sgd"]["mean"] <= row["between"] <= row["mean"] <= row["due"], row
-        refused(cwd, "--cycles", 0, script="bench.py")
+        refused(cwd, "--repeats", 0, script="bench.py")
         refused(cwd, "--model", "resnet", script="bench.py")
         refused(cwd, "--csv", "no/such/folder.csv", "--model", "lenet5", "--launches",
                 script="bench.py")
