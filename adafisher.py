@@ -97,6 +97,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from functools import lru_cache
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -114,7 +115,7 @@ def min_max(v):
     Constant means a spread of at most 16 roundings of the largest entry: stretched to [0, 1] it
     would be noise. The bound is relative, so a positive factor on v changes nothing.
     """
-    low, high = v.aminmax()
+    low, high = v.amin(), v.amax()
     spread, largest = high - low, torch.maximum(high, -low)
     return torch.where(spread > 16 * torch.finfo(v.dtype).eps * largest, (v - low) / spread, 0.0)
 
@@ -132,7 +133,7 @@ def running_mean(old, batch, updates, gamma):
 
 def released_mean(old, batch, gamma):
     """What the released code does for (3) and (4), in place on old, which begins as ones."""
-    low, high = batch.aminmax()
+    low, high = batch.amin(), batch.amax()
     return old.mul_(0.1 * gamma).add_((batch - low) / (high - low + 1e-6), alpha=0.01 * gamma)
 
 
@@ -579,9 +580,9 @@ class AdaFisher(torch.optim.Optimizer):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts = flat.split([len(flat) - len(rows), len(rows)])
-        *counts, finite = torch.cat([counts, flat.isfinite().all().view(1)]).tolist()
+        *counts, least, most = torch.cat([counts, torch.stack([flat.amin(), flat.amax()])]).tolist()
         parts = sums.split(sizes)
-        if not finite:
+        if not (isfinite(least) and isfinite(most)):             # nan is both
             bad = next(x.name for x, total in zip(layers, parts) if not total.isfinite().all())
             raise FloatingPointError(
                 f"AdaFisher: the inputs or output gradients of layer {bad} are not finite in step "

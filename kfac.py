@@ -81,6 +81,7 @@ import weakref
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import accumulate
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -872,9 +873,9 @@ class KFAC(torch.optim.SGD):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts = flat.split([len(flat) - len(rows) - 1, len(rows) + 1])
-        *counts, failed, finite = torch.cat([counts, flat.isfinite().all().view(1)]).tolist()
+        *counts, failed, least, most = torch.cat([counts, torch.stack([flat.amin(), flat.amax()])]).tolist()
         parts = sums.split([shape.numel() for shape in shapes])
-        if not finite:
+        if not (isfinite(least) and isfinite(most)):             # nan is both
             bad = next(x for x, total in zip(layers, parts) if not total.isfinite().all())
             raise FloatingPointError(
                 f"KFAC: the {bad.what} of layer {bad.name} are not finite in step {self.steps}; no "

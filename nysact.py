@@ -80,6 +80,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from itertools import accumulate
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -639,9 +640,9 @@ class NysAct(torch.optim.SGD):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts = flat.split([len(flat) - len(rows), len(rows)])
-        *counts, finite = torch.cat([counts, flat.isfinite().all().view(1)]).tolist()
+        *counts, least, most = torch.cat([counts, torch.stack([flat.amin(), flat.amax()])]).tolist()
         parts = sums.split([shape.numel() for shape in shapes])
-        if not finite:
+        if not (isfinite(least) and isfinite(most)):             # nan is both
             bad = next(x.name for x, total in zip(layers, parts) if not total.isfinite().all())
             raise FloatingPointError(
                 f"NysAct: the inputs of layer {bad} are not finite in step {self.steps}; no "

@@ -2282,9 +2282,9 @@ def devices(make):
     """
     reads, sampled = [], isinstance(make(make_net()), KFAC)
 
-    def counts(tensor):              # of rows; KFAC: of ranks that failed; is all of it finite?
+    def counts(tensor):              # of rows; KFAC: of ranks that failed; least and most
         reads.append("tolist")
-        return [1.0] * (len(tensor) - 2) + [0.0 if sampled else 1.0, 1.0]
+        return [1.0] * (len(tensor) - 3) + [0.0 if sampled else 1.0, 1.0, 1.0]
 
     def no_failure(tensor):
         reads.append("bool")
