@@ -227,8 +227,8 @@ def full_precision(device_type):
     """
     with torch.autocast(device_type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = {"cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv), "cpu": (
-                torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)}.get(device_type, ())
+            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:
@@ -279,7 +279,7 @@ def input_squares(module, inputs, output):
 
 
 def output_squares(module, s, scale=1.0):
-    """(1)  Σ s ⊙ s over the rows of a module's output gradient times scale: (out,) or (C,)."""
+    """(1)  Σ s ⊙ s over the rows of a module's output gradient, scale divided out: (out,), (C,)."""
     if scale != 1.0:                 # before squaring: the square of a scaled gradient may overflow
         s = s.to(at_least_float32(s)) / scale
     if isinstance(module, (nn.Linear, nn.LayerNorm)):
@@ -580,7 +580,8 @@ class AdaFisher(torch.optim.Optimizer):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts = flat.split([len(flat) - len(rows), len(rows)])
-        *counts, least, most = torch.cat([counts, torch.stack([flat.amin(), flat.amax()])]).tolist()
+        ends = torch.stack([flat.amin(), flat.amax()])
+        *counts, least, most = torch.cat([counts, ends]).tolist()
         parts = sums.split(sizes)
         if not (isfinite(least) and isfinite(most)):             # nan is both
             bad = next(x.name for x, total in zip(layers, parts) if not total.isfinite().all())

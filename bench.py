@@ -379,8 +379,8 @@ def show_scaling(rows):
 def show_launches(rows):
     print("optimizer   nothing due  all due  mean of a cycle  ratio to SGD's")
     for row in rows:
-        print(f"{row['optimizer']:<10} {row['between']:>12,} {row['due']:>8,} {row['mean']:>16,.1f} "
-              f"{row['ratio']:>15.3f}")
+        print(f"{row['optimizer']:<10} {row['between']:>12,} {row['due']:>8,} "
+              f"{row['mean']:>16,.1f} {row['ratio']:>15.3f}")
 
 
 def parse():

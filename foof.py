@@ -96,7 +96,7 @@ def precondition(grad, bias_grad, factor):
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
     G = solve_right(G, factor)
-    new_bias = None if bias_grad is None else G[:, :, -1].flatten()
+    new_bias = None if bias_grad is None else G[:, :, -1].contiguous().flatten()
     G = G if bias_grad is None else G[:, :, :-1]
     return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
 
@@ -330,8 +330,8 @@ def full_precision(device_type):
     """
     with torch.autocast(device_type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = {"cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv), "cpu": (
-                torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)}.get(device_type, ())
+            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:
@@ -355,12 +355,12 @@ def full_precision(device_type):
 
 # ---------------------------------------------------------------------------------------------
 # 2. Capture: what each kind of module gives its layers, as lists of (sum over rows, rows).
-#    With the coordinate 1 where the module has a bias; a layer without one of its own cuts it off.
+#    With the coordinate 1 of the bias if one of these layers has one; the others cut it off.
 # ---------------------------------------------------------------------------------------------
 
-def linear_or_conv(module, inputs, output):
+def linear_or_conv(module, inputs, output, bias):
     """The rows of a Linear or Conv2d: Σ a aᵀ."""
-    x, bias = next(iter(inputs.values())).detach(), module.bias is not None
+    x = next(iter(inputs.values())).detach()
     if isinstance(module, nn.Linear):
         return [(input_gram(x, bias), [x.numel() // x.shape[-1]])]
     x = x if x.dim() == 4 else x[None]
@@ -369,13 +369,13 @@ def linear_or_conv(module, inputs, output):
     return [(A, [rows] * module.groups)]
 
 
-def multihead_attention(module, inputs, output):
+def multihead_attention(module, inputs, output, bias):
     """The rows of nn.MultiheadAttention's projections q, k, v: the tokens of their own input.
 
     out_proj takes the plain step: it is called as no module, and what it multiplies would have to
     be computed again from the attention scores.
     """
-    given, bias = [inputs[x] for x in ("query", "key", "value")], module.in_proj_bias is not None
+    given = [inputs[name] for name in ("query", "key", "value")]
     grams = {x: (input_gram(x, bias), [x.numel() // x.shape[-1]]) for x in dict.fromkeys(given)}
     ins = [grams[x] for x in given]
     if module.in_proj_weight is None:
@@ -481,7 +481,8 @@ class Hook:
         if not layers or not output.requires_grad or output.numel() == 0:
             return
         with torch.no_grad(), full_precision(output.device.type):
-            found = self.statistics(self.module, dict(zip(self.names, args)) | kwargs, output)
+            found = self.statistics(self.module, dict(zip(self.names, args)) | kwargs, output,
+                                    any(layer.bias is not None for _, layer in layers))
 
         def arrived(grad):
             # Only a forward that is backpropagated counts. Where an earlier backward pass left no
@@ -691,7 +692,8 @@ class FOOF(torch.optim.SGD):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts = flat.split([len(flat) - len(rows), len(rows)])
-        *counts, least, most = torch.cat([counts, torch.stack([flat.amin(), flat.amax()])]).tolist()
+        ends = torch.stack([flat.amin(), flat.amax()])
+        *counts, least, most = torch.cat([counts, ends]).tolist()
         parts = sums.split([shape.numel() for shape in shapes])
         if not (isfinite(least) and isfinite(most)):             # nan is both
             bad = next(x.name for x, total in zip(layers, parts) if not total.isfinite().all())
@@ -788,11 +790,11 @@ def stacks(grouped):
     found = {}
     for layer, group in grouped:
         weight = layer.weight
-        kind = (weight.shape, layer.shape, layer.bias is None, weight.dtype, weight.device,
-                group["damping"])
+        kind = (weight.shape, weight.stride(), layer.shape, layer.bias is None, weight.dtype,
+                weight.device, group["damping"])
         found.setdefault(kind, []).append(layer)
-    for (*shapes, _, _, _, damping), layers in found.items():
-        at_once = max(1, STACK // max(shape.numel() for shape in shapes))
+    for (shape, *_, damping), layers in found.items():
+        at_once = max(1, STACK // max(shape.numel(), layers[0].shape.numel()))
         for i in range(0, len(layers), at_once):
             yield layers[i:i + at_once], damping
 

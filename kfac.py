@@ -107,7 +107,7 @@ def precondition(grad, bias_grad, blocks, solve):
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
     G = solve(G)
-    new_bias = None if bias_grad is None else G[:, :, -1].flatten()
+    new_bias = None if bias_grad is None else G[:, :, -1].contiguous().flatten()
     G = G if bias_grad is None else G[:, :, :-1]
     return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
 
@@ -407,8 +407,8 @@ def full_precision(device_type):
     """
     with torch.autocast(device_type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = {"cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv), "cpu": (
-                torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)}.get(device_type, ())
+            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:
@@ -432,12 +432,12 @@ def full_precision(device_type):
 
 # ---------------------------------------------------------------------------------------------
 # 2. Capture: what each kind of module gives its layers, as lists of (sum over rows, rows).
-#    With the coordinate 1 where the module has a bias; a layer without one of its own cuts it off.
+#    With the coordinate 1 of the bias if one of these layers has one; the others cut it off.
 # ---------------------------------------------------------------------------------------------
 
-def linear_or_conv(module, inputs, output, reduce):
+def linear_or_conv(module, inputs, output, bias, reduce):
     """The rows of a Linear or Conv2d: Σ a aᵀ, or with reduce Σ ā āᵀ of (10)."""
-    x, bias = next(iter(inputs.values())).detach(), module.bias is not None
+    x = next(iter(inputs.values())).detach()
     if isinstance(module, nn.Linear):
         if reduce and x.dim() > 2:
             x = x.flatten(1, -2).mean(1, dtype=at_least_float32(x))               # (B, d)
@@ -568,7 +568,8 @@ class Hook:
         if not layers or not output.requires_grad or output.numel() == 0:
             return
         with torch.no_grad(), full_precision(output.device.type):
-            found = self.statistics(self.module, dict(zip(self.names, args)) | kwargs, output)
+            found = self.statistics(self.module, dict(zip(self.names, args)) | kwargs, output,
+                                    any(layer.bias is not None for _, layer in layers))
         shape, call, sampled = output.shape, self.calls.call, []
 
         def gram(grad):
@@ -873,7 +874,8 @@ class KFAC(torch.optim.SGD):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts = flat.split([len(flat) - len(rows) - 1, len(rows) + 1])
-        *counts, failed, least, most = torch.cat([counts, torch.stack([flat.amin(), flat.amax()])]).tolist()
+        ends = torch.stack([flat.amin(), flat.amax()])
+        *counts, failed, least, most = torch.cat([counts, ends]).tolist()
         parts = sums.split([shape.numel() for shape in shapes])
         if not (isfinite(least) and isfinite(most)):             # nan is both
             bad = next(x for x, total in zip(layers, parts) if not total.isfinite().all())
@@ -902,7 +904,8 @@ class KFAC(torch.optim.SGD):
             product = (new[0] * grad).reshape(len(layers), -1).sum(1)
             if bias_grad is not None:
                 product = product + (new[1] * bias_grad).view(len(layers), -1).sum(1)
-            inner.append(product * product.new_tensor([squares[layer] for layer in layers]))
+            torch._foreach_mul_(product.split(1), [squares[layer] for layer in layers])
+            inner.append(product)
             found.append((layers, *new))
         scale = None if self.kl_clip is None or not inner else kl_scale(
             [x.to(inner[0]) for x in inner], self.kl_clip)
@@ -966,11 +969,11 @@ class KFAC(torch.optim.SGD):
 
     def decompose(self, jobs, mine):
         """{job: its tensors and, per block, whether it failed} for the jobs in mine."""
-        stacks, results = {}, {}
+        alike, results = {}, {}
         for i in mine:
             side, _, packed, *_ = jobs[i]
-            stacks.setdefault((side.d, len(packed), packed.dtype, packed.device), []).append(i)
-        for (d, blocks, *_), stack in stacks.items():
+            alike.setdefault((side.d, len(packed), packed.dtype, packed.device), []).append(i)
+        for (d, blocks, *_), stack in alike.items():
             at_once = max(1, CHUNK // (blocks * d * d))
             for k in range(0, len(stack), at_once):
                 part = stack[k:k + at_once]
@@ -1095,11 +1098,12 @@ def stacks(grouped):
     found = {}
     for layer, group in grouped:
         weight = layer.weight
-        kind = (weight.shape, layer.shape, layer.bias is None, weight.dtype, weight.device,
-                group["damping"])
+        kind = (weight.shape, weight.stride(), layer.shape, layer.bias is None, weight.dtype,
+                weight.device, group["damping"])
         found.setdefault(kind, []).append(layer)
-    for (*shapes, _, _, _, damping), layers in found.items():
-        at_once = max(1, STACK // max(shape.numel() for shape in shapes))
+    for (shape, *_, damping), layers in found.items():
+        sizes = shape.numel(), layers[0].shape.numel(), layers[0].outputs.shape.numel()
+        at_once = max(1, STACK // max(sizes))
         for i in range(0, len(layers), at_once):
             yield layers[i:i + at_once], damping
 

@@ -41,7 +41,8 @@ column means of T: the attention scores enter the curvature. Averaged over batch
 
 COST per layer: statistic O(numel of the input) every tcov steps (first layer 2·R·d²; attention its
 scores once more, 2·B·N²·D), application 4·out·d per step (SGD touches the same out·d numbers),
-state 2d numbers. No d×d matrix but A₁.
+state 2d numbers, and from a forward pass with statistics to step() one image of a convolution's
+input. No d×d matrix but A₁.
 
 THROWN AWAY: everything of A but its mean direction (‖Σ‖ is 0.2 to 0.9 of ‖ā‖² in early layers of a
 ResNet-20, so this is not small), and all of P.
@@ -66,6 +67,7 @@ USAGE
 import inspect
 import warnings
 import weakref
+from collections import namedtuple
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -114,7 +116,7 @@ def precondition_first(grad, bias_grad, factor, damping):
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
     G = damping * solve_right(G, factor)
-    new_bias = None if bias_grad is None else G[:, :, -1].flatten()
+    new_bias = None if bias_grad is None else G[:, :, -1].contiguous().flatten()
     G = G if bias_grad is None else G[:, :, :-1]
     return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
 
@@ -269,8 +271,8 @@ def full_precision(device_type):
     """
     with torch.autocast(device_type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = {"cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv), "cpu": (
-                torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)}.get(device_type, ())
+            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:
@@ -299,12 +301,13 @@ def full_precision(device_type):
 # ---------------------------------------------------------------------------------------------
 
 def mean_input(module, inputs, output):
-    """The rows of a Linear, Σ [a; 1], or the images of a Conv2d, their rows, and itself."""
+    """The rows of a Linear, Σ [a; 1], or the images of a Conv2d, their rows, and its geometry."""
     x = next(iter(inputs.values())).detach()
     if isinstance(module, nn.Linear):
         return [(input_sum(x), [x.numel() // x.shape[-1]])]
     x = x if x.dim() == 4 else x[None]
-    return [(image_sum(x), len(x) * output.shape[-2] * output.shape[-1], module)]
+    geometry = Geometry(*(getattr(module, name) for name in Geometry._fields))
+    return [(image_sum(x), len(x) * output.shape[-2] * output.shape[-1], geometry)]
 
 
 def input_covariance(module, inputs, output):
@@ -418,6 +421,9 @@ def attention_inputs(module, inputs):
     return *qkv, sum(masks) if masks else None
 
 
+Geometry = namedtuple("Geometry", "kernel_size stride padding dilation padding_mode groups")
+
+
 class Layer:
     """One preconditioned weight: how its gradient is laid out, and this step's sums over rows."""
 
@@ -439,16 +445,14 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.total, self.rows, self.images = None, [0] * self.blocks, []
+        self.total, self.rows, self.images = None, [0] * self.blocks, {}
 
-    def add(self, total, rows, conv=None):
-        """Add Σ [a; 1] or, for its convolution, the sum of the images behind these rows."""
-        if conv is not None:
-            for entry in self.images:
-                if entry[2] is conv and entry[0].shape == total.shape:
-                    entry[:2] = total + entry[0], rows + entry[1]
-                    return
-            self.images.append([total, rows, conv])
+    def add(self, total, rows, geometry=None):
+        """Add Σ [a; 1] or, of a convolution of this geometry, the sum of its input images."""
+        if geometry is not None:
+            image, n = self.images.get((geometry, total.shape), (None, 0))
+            total = total if image is None else total + image
+            self.images[geometry, total.shape] = total, rows + n
             return
         if total.shape != self.shape:
             total = total[tuple(slice(n) for n in self.shape)]   # a bias's coordinate that it lacks
@@ -467,15 +471,13 @@ def add_patches(layers):
     """Turn the images of convolutions into Σ [a; 1], those of one kind by one product."""
     kinds = {}
     for layer in layers:
-        for image, rows, conv in layer.images:
-            kind = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode,
-                    conv.groups, image.shape, image.dtype, image.device)
-            kinds.setdefault(kind, []).append((layer, image, rows, conv))
-        layer.images = []
-    for found in kinds.values():
-        owners, images, rows, convs = zip(*found)
-        totals = patch_sum(torch.stack(images), convs[0])
-        for layer, total, n in zip(owners, totals, rows):
+        for kind, (image, rows) in layer.images.items():
+            found = kinds.setdefault((*kind, image.dtype, image.device), [])
+            found.append((layer, image, rows))
+        layer.images = {}
+    for (geometry, *_), found in kinds.items():
+        owners, images, rows = zip(*found)
+        for layer, total, n in zip(owners, patch_sum(torch.stack(images), geometry), rows):
             if layer.bias is not None:
                 total = F.pad(total, (0, 1), value=float(n))
             layer.add(total, [n] * layer.blocks)
@@ -821,7 +823,8 @@ class MAC(torch.optim.SGD):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts = flat.split([len(flat) - len(rows), len(rows)])
-        *counts, least, most = torch.cat([counts, torch.stack([flat.amin(), flat.amax()])]).tolist()
+        ends = torch.stack([flat.amin(), flat.amax()])
+        *counts, least, most = torch.cat([counts, ends]).tolist()
         parts = sums.split([shape.numel() for shape in shapes])
         if not (isfinite(least) and isfinite(most)):             # nan is both
             bad = next(x.name for x, total in zip(layers, parts) if not total.isfinite().all())
@@ -979,11 +982,11 @@ def stacks(grouped):
     found = {}
     for layer, group in grouped:
         weight = layer.weight
-        kind = (weight.shape, layer.shape, layer.bias is None, weight.dtype, weight.device,
-                group["damping"])
+        kind = (weight.shape, weight.stride(), layer.shape, layer.bias is None, weight.dtype,
+                weight.device, group["damping"])
         found.setdefault(kind, []).append(layer)
-    for (*shapes, _, _, _, damping), layers in found.items():
-        at_once = max(1, STACK // max(shape.numel() for shape in shapes))
+    for (shape, *_, damping), layers in found.items():
+        at_once = max(1, STACK // max(shape.numel(), layers[0].shape.numel()))
         for i in range(0, len(layers), at_once):
             yield layers[i:i + at_once], damping
 

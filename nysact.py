@@ -123,7 +123,7 @@ def precondition_exact(grad, bias_grad, factor):
     if bias_grad is not None:
         G = torch.cat([G, bias_grad.view(blocks, -1, 1)], 2)
     G = solve_right(G, factor)
-    new_bias = None if bias_grad is None else G[:, :, -1].flatten()
+    new_bias = None if bias_grad is None else G[:, :, -1].contiguous().flatten()
     G = G if bias_grad is None else G[:, :, :-1]
     return torch.empty_like(grad).copy_(G.reshape(grad.shape)), new_bias
 
@@ -261,8 +261,8 @@ def full_precision(device_type):
     """
     with torch.autocast(device_type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = {"cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv), "cpu": (
-                torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)}.get(device_type, ())
+            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:
@@ -640,7 +640,8 @@ class NysAct(torch.optim.SGD):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         sums, counts = flat.split([len(flat) - len(rows), len(rows)])
-        *counts, least, most = torch.cat([counts, torch.stack([flat.amin(), flat.amax()])]).tolist()
+        ends = torch.stack([flat.amin(), flat.amax()])
+        *counts, least, most = torch.cat([counts, ends]).tolist()
         parts = sums.split([shape.numel() for shape in shapes])
         if not (isfinite(least) and isfinite(most)):             # nan is both
             bad = next(x.name for x, total in zip(layers, parts) if not total.isfinite().all())
@@ -761,11 +762,11 @@ def stacks(grouped):
     found = {}
     for layer, group in grouped:
         weight = layer.weight
-        kind = (weight.shape, layer.shape, layer.bias is None, weight.dtype, weight.device,
-                group["damping"])
+        kind = (weight.shape, weight.stride(), layer.shape, layer.bias is None, weight.dtype,
+                weight.device, group["damping"])
         found.setdefault(kind, []).append(layer)
-    for (*shapes, _, _, _, damping), layers in found.items():
-        at_once = max(1, STACK // max(shape.numel() for shape in shapes))
+    for (shape, *_, damping), layers in found.items():
+        at_once = max(1, STACK // max(shape.numel(), layers[0].shape.numel()))
         for i in range(0, len(layers), at_once):
             yield layers[i:i + at_once], damping
 

@@ -1214,6 +1214,21 @@ def test_mac_layer_that_rests():
     assert len(means) == 2
 
 
+def test_mac_geometry_of_each_call():
+    """One convolution, called with two dilations in one step: the mean is over both calls' rows."""
+    torch.manual_seed(0)
+    conv, x, sums, rows = nn.Conv2d(2, 3, 3, padding=1).double(), randn(2, 2, 7, 6), 0, 0
+    optimizer = MAC(conv, lr=0.0, input_covariance=False)
+    for dilation in (1, 2):
+        conv.dilation = conv.padding = (dilation, dilation)
+        conv(x).sum().backward()
+        patches = F.pad(explicit_patches(x, conv)[0], (0, 1), value=1.0)
+        sums, rows = sums + patches.sum(0), rows + len(patches)
+    optimizer.step()
+    close("(4) the mean over both geometries", optimizer.state[conv.weight]["mean"][0],
+          sums / rows, 1e-13)
+
+
 def test_mac_statistics_only_when_due():
     """Between the updates the hooks compute nothing: the step costs what SGD's costs."""
     computed, names = [], ("input_sum", "image_sum", "patch_sum", "patch_gram", "attention_sum")
@@ -2262,6 +2277,55 @@ def launches(make):
     assert counts[30] <= counts[3] + (27 if "adafisher" in type(optimizer).__module__ else 0)
 
 
+@functools.partial(each_optimizer, without=("adafisher", "adafisherw"))
+def gradient_layouts(make):
+    """SGD is given gradients that lie in memory like their parameters: its fused kernel needs it."""
+    def build(channels_last):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 6, 2, groups=6), nn.Tanh(),
+                            nn.Conv2d(6, 6, 2), nn.Tanh(), nn.Conv2d(6, 6, 2), nn.Flatten(),
+                            nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+        for i in channels_last:
+            net[i].to(memory_format=torch.channels_last)
+        return net
+    module = sys.modules[type(make(build(()))).__module__]
+    plain_step, differ = module.sgd_step, []
+
+    def checked_step(optimizer):
+        differ.extend(p.shape for group in optimizer.param_groups for p in group["params"]
+                      if any(a != b for a, b, n in zip(p.stride(), p.grad.stride(), p.shape)
+                             if n > 1))
+        plain_step(optimizer)
+    for channels_last in ((), (3,), (0, 1, 3, 5)):
+        data, want = make_data(4), None
+        for fused in (False, True):
+            module.sgd_step = checked_step
+            try:
+                got = trained(make, data=data, net=build(channels_last), fused=fused)
+            finally:
+                module.sgd_step = plain_step
+            want = got if want is None else want
+        close_all(f"fused = plain, channels_last: {channels_last}", got, want, 1e-12)
+    assert not differ, differ
+
+
+@each_optimizer
+def biases_of_tied_weights(make):
+    """A weight of two modules, of which the second, without bias, is found later."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    optimizer = make(net, tcov=1, tinv=1)
+    data = [(randn(6, 4), torch.arange(6) % 3) for _ in range(3)]
+    usual(net, optimizer, data[:1])
+    tied, last = nn.Linear(4, 4, bias=False).double(), nn.Linear(3, 3).double()
+    tied.weight = net[0].weight
+    net.insert(1, tied)
+    net.append(last)
+    optimizer.add_param_group(dict(params=list(last.parameters())))
+    usual(net, optimizer, data[1:])
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
 class OneDevice(TorchDispatchMode):
     """Raises where an operator meets tensors of two devices, or the host reads from a device."""
 
@@ -3023,7 +3087,7 @@ def test_foof_conv_covariance():
             conv, x = nn.Conv2d(C, out, **options).double(), randn(2, C, *size)
             rows = F.pad(explicit_patches(x, conv), (0, 1), value=1.0)
             calls.clear()
-            (total, (count, *_)), = foof.linear_or_conv(conv, {"input": x}, conv(x))
+            (total, (count, *_)), = foof.linear_or_conv(conv, {"input": x}, conv(x), True)
             words = ", ".join(f"{k} {v}" for k, v in options.items()).replace("kernel_size", "k")
             close(f"{'(5)' if calls else '   '} {C}×{size[0]}×{size[1]}, "
                   + words.replace("padding", "pad"), total, foof.pack(rows.mT @ rows), 1e-13)
@@ -3354,7 +3418,7 @@ def test_kfac_factors():
         grads = g.transpose(0, 1).reshape(conv.groups, out // conv.groups, 2, S)
         want, got = {}, {}
         for reduce in (False, True):
-            (total, (count, *_)), = kfac.linear_or_conv(conv, {"input": x}, y, reduce)
+            (total, (count, *_)), = kfac.linear_or_conv(conv, {"input": x}, y, True, reduce)
             r = per_image if reduce else rows
             h = grads.sum(3) if reduce else grads.flatten(2)
             got |= {("A", reduce): total, ("P", reduce): kfac.output_gram(conv, g, reduce)}

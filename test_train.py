@@ -1,4 +1,4 @@
-"""train_cifar.py and bench.py as a user runs them: python test_train.py (two minutes on two CPU cores).
+"""train_cifar.py and bench.py as a user runs them: python test_train.py (two minutes, two cores).
 
 Every check starts its script as a process of its own in a temporary folder, on generated images,
 without data or network. Settings are tiny, so the accuracies mean nothing.
