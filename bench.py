@@ -16,7 +16,9 @@ seconds between events on its stream.
 
     statistics       in the hooks and at the beginning of step()
     factorisation    bringing what is applied up to date
-    application      all else in step(): preconditioning and the momentum step
+    application      all else in step(), beyond SGD's step()
+    parts            1 and these three: steadier than the whole step, as most of that is the same
+                     forward and backward passes, which whatever disturbs them makes unequal
     state            numbers kept per parameter, SGD's momentum included
     peak             most bytes allocated in a step in which everything is due, beyond SGD's
 """
@@ -234,10 +236,10 @@ def row_of(optim, results, baseline):
     ratios = [a / b for a, b in zip(steps, whole)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else \
         ratios * 3
+    parts = {part: statistics.median((result[optim][part] - result[baseline][part]) / b
+                                     for result, b in zip(results, whole)) for part in PARTS}
     return dict(optimizer=optim, seconds=statistics.median(steps), step=statistics.median(ratios),
-                low=low, high=high) | {
-        part: statistics.median(result[optim][part] / b for result, b in zip(results, whole))
-        for part in PARTS}
+                low=low, high=high, parts=1 + sum(parts.values())) | parts
 
 
 def state_numbers(optimizer):
@@ -356,13 +358,13 @@ def bench_launches(args):
 # ---------------------------------------------------------------------------------------------
 
 def show_network(rows):
-    print("optimizer   s/step    step (quartiles)      statistics  factorisation  application  "
+    print(f"SGD's step takes {rows[0]['seconds']:.4f} s\n"
+          "optimizer   step (quartiles)         parts  statistics  factorisation  application  "
           "state  peak, MiB")
     for row in rows:
-        print(f"{row['optimizer']:<10} {row['seconds']:7.4f}  {row['step']:6.3f} "
-              f"({row['low']:.3f} to {row['high']:.3f})  {row['statistics']:10.4f}  "
-              f"{row['factorisation']:13.4f}  {row['application']:11.4f}  {row['state']:5.2f}  "
-              f"{row['peak']:9.1f}")
+        print(f"{row['optimizer']:<10} {row['step']:6.3f} ({row['low']:.3f} to {row['high']:.3f})"
+              f"{row['parts']:8.3f}  {row['statistics']:10.4f}  {row['factorisation']:13.4f}  "
+              f"{row['application']:11.4f}  {row['state']:5.2f}  {row['peak']:9.1f}")
 
 
 def show_scaling(rows):

@@ -516,7 +516,8 @@ class OutputSide(Layer):
 
 
 def joined(tensors):
-    """torch.cat in float32 or better, without a copy of what is one already; None for Nones."""
+    """torch.cat in float32 or better; of Nones None; of all the parts of a tensor, in order, that
+    tensor itself, not copied."""
     first = tensors[0]
     if first is None:
         return None
