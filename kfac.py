@@ -894,7 +894,7 @@ class KFAC(torch.optim.SGD):
 
     def precondition_gradients(self, grouped, raw):
         """Replace p.grad by G̃ for every layer that has statistics; raw collects what was there."""
-        squares = {layer: group["lr"] ** 2 for layer, group in grouped}
+        squares = {layer: float(group["lr"]) ** 2 for layer, group in grouped}
         found, inner = [], []                          # G̃ of each stack, and η²⟨G̃, G⟩ of (5)
         for layers, damping in stacks(
                 (layer, group) for layer, group in grouped if layer.weight.grad is not None
@@ -960,7 +960,7 @@ class KFAC(torch.optim.SGD):
         found = {}
         for i, (side, prefix, *_) in enumerate(jobs):
             found.setdefault(side.weight, {}).update(
-                zip([prefix + name for name in names], results[i]))
+                zip([prefix + name for name in names], results.pop(i)))
         # row-major like what is loaded, so that a resumed run rounds alike; and joined already
         for layers, _ in stacks(due):
             for name in list(found[layers[0].weight]):
