@@ -53,7 +53,7 @@ from kfac import running_mean
 from mac import MAC
 from models import CIFAR_MODELS, Attention
 from train_cifar import (COUNT, COUNT_OR_ZERO, POSITIVE, RECIPES, Diverged, Parser, UsageError,
-                         add_optimizer_flags, build, number, write_file)
+                         add_optimizer_flags, build, number, user_path, write_file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1261,9 +1261,9 @@ def add_flags(figure, defaults):
             figure.add_argument(f"--{name}", default=defaults[name], help=help if shown is None
                                 else f"{help} (default {shown})", **kwargs)
     if "runs" in defaults:
-        figure.add_argument("runs", nargs=defaults["runs"], metavar="RUN",
+        figure.add_argument("runs", type=user_path, nargs=defaults["runs"], metavar="RUN",
                             help="folder that train_cifar.py wrote")
-    figure.add_argument("--output_dir", default="figures", metavar="DIR",
+    figure.add_argument("--output_dir", type=user_path, default="figures", metavar="DIR",
                         help="folder of the csv and the PNG, which replace older ones of the same "
                         "name (default %(default)s)")
     figure.add_argument("--note", default="", metavar="TEXT",
@@ -1272,7 +1272,8 @@ def add_flags(figure, defaults):
         return
     figure.add_argument("--dataset", default="shapes", choices=list(datasets.STATISTICS),
                         help="default %(default)s, generated")
-    figure.add_argument("--data_dir", default="data", metavar="DIR", help="default %(default)s")
+    figure.add_argument("--data_dir", type=user_path, default="data", metavar="DIR",
+                        help="default %(default)s")
     figure.add_argument("--run", type=COUNT_OR_ZERO, default=0, metavar="SEED",
                         help="seed of everything random (default %(default)s)")
     flag("model", "%(choices)s", choices=list(CIFAR_MODELS), metavar="NAME")
@@ -1284,7 +1285,7 @@ def add_flags(figure, defaults):
     flag("layer", "layer by its name in the network; an unknown name lists all",
          nargs=defaults.get("layers", 1), metavar="NAME")
     flag("from_run", "take start and end of this run of train_cifar.py, and train nothing",
-         metavar="DIR")
+         type=user_path, metavar="DIR")
     flag("noise", "deviation of the noise off the diagonal, by the mean of the diagonal",
          type=POSITIVE, metavar="X")
     flag("grid", "points of the surface along each axis", metavar="N",

@@ -138,6 +138,15 @@ class DataError(Exception):
     """Something the user can put right. The message is for them: print it, exit with status 2."""
 
 
+def expand(path):
+    """The path as text, a home folder in place of ~ or ~user: a shell leaves those after a =."""
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise DataError(f"'{path}' begins with the home folder of a user who is not known here; "
+                        "write the path in full.")
+    return path
+
+
 class Data(NamedTuple):
     """A data set on the CPU."""
     train_images: torch.Tensor  # (N, C, H, W) uint8
@@ -161,7 +170,7 @@ def load(name, data_dir="data", train_size=None, download=True):
         raise DataError(f"no data set is called '{name}'; choose from {', '.join(STATISTICS)}.")
     if train_size is not None and train_size < 1:
         raise DataError(f"train_size is {train_size}, but must be at least 1.")
-    data_dir = Path(data_dir).expanduser()
+    data_dir = Path(expand(data_dir))
     try:
         if data_dir.is_file():
             raise DataError(f"{data_dir} is a file; give the folder that holds it as --data_dir.")
@@ -976,7 +985,7 @@ def open_images(root, split, classes=None):
     Returns an object with `classes` (names), `labels` ((N,) int64 array), `len()`, `read(i)` (a
     PIL image or an (H, W, 3) uint8 array), `kind` and `where` (text). Raises DataError.
     """
-    root = os.path.expanduser(os.fspath(root))
+    root = expand(root)
     synonyms = next((names for names in SPLITS.values() if split in names), ())
     try:
         if not os.path.isdir(root):
@@ -1550,7 +1559,7 @@ def pack(src, dst, size, workers=0):
     What lies beyond the square is lost to training, and evaluation scales twice: accuracies to
     compare with published ones are measured on the files.
     """
-    src, dst = os.path.abspath(os.path.expanduser(src)), os.path.expanduser(dst)
+    src, dst = os.path.abspath(expand(src)), expand(dst)
     train = open_images(src, "train")
     sources = {"train": train, "val": open_images(src, "val", train.classes)}
     todo = {}
@@ -1742,12 +1751,12 @@ def load_text(name, data_dir="data", train_file=None, valid_file=None, train_siz
     """
     try:
         if name == "wikitext2":
-            text = load_wikitext(Path(data_dir).expanduser(), train_file or WIKITEXT[0],
+            text = load_wikitext(Path(expand(data_dir)), train_file or WIKITEXT[0],
                                  valid_file or WIKITEXT[1], download)
         elif name == "grammar":
             text = split_characters(write_grammar(), f"generated, seed {GRAMMAR_SEED}")
         else:
-            path = Path(name).expanduser()
+            path = Path(expand(name))
             text = split_characters(decode(path.read_bytes(), path), str(path))
     except OSError as error:
         raise DataError(f"cannot use {error.filename or name}: {error.strerror or error}. Give "

@@ -422,6 +422,21 @@ def test_data_fashion():
         data_error(lambda: data.load("fashion_mnist", path), "does not fit")
 
 
+def test_data_home():
+    """~ is the home folder wherever a path is taken; an unknown user's is refused."""
+    with folder() as home, mock.patch.dict(os.environ, HOME=str(home), USERPROFILE=str(home)):
+        put(home, text=b"ab" * 9, file=b"")
+        assert len(data.load_text("~/text").train) == 16
+        for call in (lambda path: data.load("cifar10", path, download=False),
+                     lambda path: data.load_text("wikitext2", path, download=False),
+                     lambda path: data.open_images(path, "train"),
+                     lambda path: data.pack(path, home, 8)):
+            data_error(lambda: call("~/file"), home / "file")
+            data_error(lambda: call("~who?/x"), "~who?/x", "in full")
+        data_error(lambda: data.load_text("~who?/text"), "~who?/text", "in full")
+        data_error(lambda: data.pack(home, "~who?/x", 8), "~who?/x", "in full")
+
+
 def test_data_command_line():
     """`python data.py`: exit status 2 with a sentence; Ctrl-C keeps what has arrived."""
     script = Path(data.__file__)

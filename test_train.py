@@ -20,7 +20,10 @@ from pathlib import Path
 
 import torch
 
+import analyze
 import train_cifar
+import train_imagenet
+import train_lm
 from test_math import run_tests, skip
 
 # A shell that starts this in the background lets it, and so its children, ignore Ctrl-C.
@@ -166,6 +169,26 @@ def test_flag_spelling():
     assert published.items() <= config.items(), config
     out, _ = run(HERE, "--help")
     assert all(f"--{name}" in out for name in vars(args))
+
+
+def test_home_folders():
+    """In every script ~ is expanded where a shell leaves it, after =; unknown users are refused."""
+    scripts = {train_cifar: "--data_dir= --output_dir=",
+               train_lm: "--text= --data_dir= --output_dir=",
+               train_imagenet: "--data_dir= --pretrained= --output_dir=",
+               analyze: "mean,--from_run= mean,--data_dir= mean,--output_dir= curves,"}
+    for script, flags in scripts.items():
+        for *figure, flag in (text.split(",") for text in flags.split()):
+            name = flag.strip("-=") or "runs"
+            for path, want in (("~/x", str(Path.home() / "x")), ("a~/~b", "a~/~b")):
+                got = vars(script.parse([*figure, flag + path]))[name]
+                assert got in (want, [want]), (flag, got)
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err):
+                status = script.main([*figure, f"{flag}~who?/x"])
+            assert status == 2 and "'~who?/x'" in err.getvalue(), err.getvalue()
+            assert (flag.strip("=") or "RUN") in err.getvalue(), err.getvalue()
+            assert len(err.getvalue().splitlines()) == 1, err.getvalue()
 
 
 def test_learning_rate():

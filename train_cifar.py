@@ -94,6 +94,14 @@ def number(kind, rule, words):
     return parse
 
 
+def user_path(text):
+    """An argparse type: a path, with ~ and ~user expanded."""
+    try:
+        return datasets.expand(text)
+    except datasets.DataError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip("."))
+
+
 POSITIVE = number(float, lambda v: 0 < v < math.inf, "a positive number")
 NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
 FRACTION = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
@@ -143,7 +151,7 @@ def add_run_flags(flag, group):
     flag(group, "dataset", default="cifar10",
          choices=("cifar10", "cifar100", "fashion_mnist", "shapes"),
          help="shapes is generated and needs no download")
-    flag(group, "data_dir", default="data", metavar="DIR",
+    flag(group, "data_dir", default="data", type=user_path, metavar="DIR",
          help="folder that holds the data, or receives them")
     flag(group, "train_size", type=COUNT, metavar="N", help="use the first N training images")
     flag(group, "model", default="resnet20", choices=list(CIFAR_MODELS), metavar="NAME",
@@ -213,7 +221,7 @@ def add_machine_flags(flag, group):
     flag(group, "amp", action="store_true", default=False, help="bfloat16 autocast")
     flag(group, "channels_last", action="store_true", default=False, help="NHWC memory format")
     flag(group, "compile", action="store_true", default=False, help="torch.compile the model")
-    flag(group, "output_dir", metavar="DIR",
+    flag(group, "output_dir", type=user_path, metavar="DIR",
          help="folder of the run, with a subfolder per optimizer and per seed where there are "
          "several; without: runs/DATASET-MODEL-OPTIM/SEED. Its log.csv gives accuracies in per "
          "cent, the seconds of the training pass, and peak_memory in MiB: of the GPU in this run, "

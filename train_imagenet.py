@@ -57,7 +57,7 @@ import data as datasets
 from models import IMAGENET_MODELS, load_pretrained
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
                          Diverged, Parser, UsageError, describe, number, optimizer_class,
-                         peak_memory, state_bytes, write_file)
+                         peak_memory, state_bytes, user_path, write_file)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's pixels, for all models
 
@@ -177,7 +177,7 @@ def published(name):
 
 
 def add_run_flags(flag, group):
-    flag(group, "data_dir", "--data_path", metavar="DIR",
+    flag(group, "data_dir", "--data_path", type=user_path, metavar="DIR",
          help="folder that holds train/CLASS/* and val/CLASS/*, or what data.py pack has written")
     flag(group, "dummy", nargs="?", const=4096, type=COUNT, metavar="N",
          help="train on N random images of 1000 classes instead (without N: 4096), and test on a "
@@ -186,7 +186,7 @@ def add_run_flags(flag, group):
          help="train on N of the images, taken evenly from the sorted list and so from all classes")
     flag(group, "model", default="resnet50", choices=list(IMAGENET_MODELS), metavar="NAME",
          help="%(choices)s")
-    flag(group, "pretrained", metavar="FILE",
+    flag(group, "pretrained", type=user_path, metavar="FILE",
          help="begin with these weights: a checkpoint.pt, or torchvision's or timm's file")
     flag(group, "optim", "--opt", default="mac", choices=list(RECIPES["timm"]), metavar="NAME",
          help="%(choices)s")
@@ -328,7 +328,7 @@ def add_machine_flags(flag, group):
     flag(group, "pin_mem", default=True, switch=True, help="page-locked memory for copies to a GPU")
     flag(group, "print_freq", "--log_interval", default=50, type=COUNT, metavar="N",
          help="steps between two looks at the loss")
-    flag(group, "output_dir", "--output", metavar="DIR",
+    flag(group, "output_dir", "--output", type=user_path, metavar="DIR",
          help="folder of the run; without: runs/imagenet-MODEL-OPTIM/SEED. Its log.csv gives "
          "accuracies in per cent, the seconds of the training pass, data_wait, the share of it "
          "spent waiting for images, and peak_memory in MiB of the first GPU, or without one of the "

@@ -47,7 +47,7 @@ import data as datasets
 from models import GPT, GPT_SIZES
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
                          Diverged, Parser, UsageError, describe, optimizer_class, peak_memory,
-                         state_bytes, terminate, write_file)
+                         state_bytes, terminate, user_path, write_file)
 
 # A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
 # of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
@@ -116,9 +116,9 @@ def add_run_flags(flag, group):
     flag(group, "dataset", default="wikitext2", choices=datasets.TEXTS,
          help="wikitext2 is read by words; grammar is generated, needs no download and is read by "
          "characters")
-    flag(group, "text", metavar="FILE", help="read this UTF-8 file, plain or .gz, by characters; "
-         "its last tenth is for validation")
-    flag(group, "data_dir", default="data", metavar="DIR",
+    flag(group, "text", type=user_path, metavar="FILE", help="read this UTF-8 file, plain or .gz, "
+         "by characters; its last tenth is for validation")
+    flag(group, "data_dir", default="data", type=user_path, metavar="DIR",
          help="folder that holds wikitext2, or receives it")
     flag(group, "train_file", metavar="NAME",
          help="file of wikitext2's folder to train on (default train.txt)")
@@ -199,7 +199,7 @@ def add_machine_flags(flag, group):
     flag(group, "compile", action="store_true", default=False, help="torch.compile the model")
     flag(group, "sample", default=200, type=COUNT_OR_ZERO, metavar="N",
          help="tokens that the trained model writes at the end")
-    flag(group, "output_dir", metavar="DIR",
+    flag(group, "output_dir", type=user_path, metavar="DIR",
          help="folder of the run, with a subfolder per optimizer and per seed where there are "
          "several; without: runs/TEXT-MODEL-OPTIM/SEED. Its log.csv gives losses in nats per "
          "token, the seconds of the training pass, and peak_memory in MiB: of the GPU in this run, "
