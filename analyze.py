@@ -1241,6 +1241,7 @@ def parse(argv):
         add_flags(figure, defaults)
     argv = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
     args = parser.parse_args(argv, argparse.Namespace(argv=argv, optim="nysact"))   # of nystrom
+    check_runs(args)
     if args.optim == "sgd" and args.lr is None:
         args.lr = FIGURES[args.figure][1].get("lr")
     several = args.optim if isinstance(args.optim, list) else [args.optim]
@@ -1249,6 +1250,18 @@ def parse(argv):
                 not any(name in RECIPES[optim] for optim in several):
             raise UsageError(f"--{name} has no use in {', '.join(several)}")
     return args
+
+
+def check_runs(args):
+    """Refuse flags of the training where finished runs are looked at, whose own hold."""
+    if getattr(args, "from_run", None) is None and not getattr(args, "runs", None):
+        return
+    given = {word.partition("=")[0] for word in args.argv}
+    settled = ["dataset", "run", "model", "optim", "steps", *itertools.chain(*RECIPES.values())]
+    for name in settled:
+        if f"--{name}" in given:
+            raise UsageError(f"--{name} has no use here, where nothing is trained: leave it out, "
+                             "and the run's own value holds")
 
 
 def add_flags(figure, defaults):

@@ -5007,9 +5007,18 @@ def test_analyze_refuses():
         raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
     for argv, words in ((["effect", "--rank", "3"], ("--rank has no use in mac",)),
                         (["curves", "x", "--steps", "3"], ("--steps",)),
-                        (["spectrum"], ("spectrum",)), ([], ("FIGURE",))):
+                        (["spectrum"], ("spectrum",)), ([], ("FIGURE",)),
+                        (["mean", "--from_run", "x", "--model=lenet5"], ("--model", "own value")),
+                        (["perturb", "--from-run=x", "--dataset=shapes"], ("--dataset has no",)),
+                        (["spectra", "--rank", "3", "--from_run", "x"], ("--rank", "own value")),
+                        (["fourier", "--from_run", "x", "--lr=0.01"], ("--lr has no use",)),
+                        (["landscape", "x", "--optim", "sgd", "mac"], ("--optim", "own value")),
+                        (["landscape", "x", "y", "--run=0"], ("--run has no use",))):
         raises(analyze.UsageError, words, lambda: analyze.parse(argv))
     assert analyze.parse(["nystrom", "--output-dir", "x", "--rank", "3"]).output_dir == "x"
+    kept = "--images 3 --batch_size 2 --data_dir d --output_dir o --note n"
+    assert analyze.parse(f"spectra --from_run x --layer a b {kept}".split()).images == 3
+    assert analyze.parse(f"landscape x y --grid 2 {kept}".split()).grid == 2
     for flags, lr in (("mean", 0.01), ("mean --lr 0.1", 0.1), ("mean --optim mac", None),
                       ("effect --optim sgd", None)):
         assert analyze.parse(flags.split()).lr == lr, flags
