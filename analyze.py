@@ -1130,18 +1130,21 @@ def run_ends(args):
 def nystrom(args):
     """What NysAct's sketch holds of each layer, after training with its published settings.
 
-    λ₁ is the largest eigenvalue of the covariance A that was averaged, λ̂₁ that of the sketch Â;
-    the smallest eigenvalue of the preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁),
-    where 1 would be plain SGD; and the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A,
-    beside that of A + ρI in brackets.
+    λ₁ is the largest eigenvalue of the covariance A that was averaged until the sketch Â in use
+    after --steps was renewed, as every --tinv steps; λ̂₁ that of Â; the smallest eigenvalue of the
+    preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁), where 1 would be plain SGD; and
+    the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A, beside that of A + ρI in brackets.
     """
     setup = set_up(args)
-    ρ, rank, sketch = (setup.config[name] for name in ("damping", "rank", "sketch"))
-    # one step more than asked for: what is applied is refreshed at the beginning of every 50th
+    ρ, rank, sketch, tinv = (setup.config[name] for name in ("damping", "rank", "sketch", "tinv"))
+    when = f"{args.steps} steps"
+    if args.steps % tinv:
+        when += f", sketches of step {args.steps // tinv * tinv}"
+    # one step more than asked for: what is applied is renewed at the beginning of a step
     averages, loss = train_and_watch(setup, args.steps + 1)
     rows = [sketch_row(layer, averages[layer.weight], setup.optimizer.state[layer.weight], ρ)
             for layer in setup.optimizer.layers.values()]
-    print(f"{setup.config['model']} on {args.dataset} after {args.steps} steps, rank {rank} "
+    print(f"{setup.config['model']} on {args.dataset} after {when}, rank {rank} "
           f"{sketch}, ρ = {ρ:g}, loss {loss:.3f}, torch {torch.__version__}\n"
           "layer                  d      λ₁       λ̂₁   smallest eigenvalue     true   "
           "condition number")
@@ -1160,7 +1163,7 @@ def nystrom(args):
                  (seen, "x", "λ̂₁ of the sketch"))
         by_layer(right, names, "condition number", (plain, "o", "A + ρI"),
                  (condition, "x", "(Â + ρI)⁻¹(A + ρI)"))
-    publish(args, setup, f"{args.steps} steps", f"""What a rank-{rank} {sketch} sketch Â holds of
+    publish(args, setup, when, f"""What a rank-{rank} {sketch} sketch Â holds of
         each layer's input covariance A, and what its inverse leaves to do.""",
             ("layer", "d", "lambda_1", "sketch_lambda_1", "smallest_eigenvalue", "true_smallest",
              "condition", "condition_plain"), rows, [], (10, 4.5), draw)
@@ -1183,7 +1186,7 @@ def sketch_row(layer, A, state, ρ):
 
 
 def train_and_watch(setup, steps):
-    """Train; returns {weight: the average of A that the optimizer's sketch is of}, last loss."""
+    """Train; returns {weight: the average of A that the sketch in use was taken of}, last loss."""
     optimizer, averages = setup.optimizer, {}
     group = optimizer.param_groups[0]
 
@@ -1198,8 +1201,10 @@ def train_and_watch(setup, steps):
             averages[module.weight] = old, k + 1
     for module in layers_of(setup.net).values():
         module.register_forward_hook(watch)
-    *_, (_, loss) = training(setup, steps)
-    return {weight: A for weight, (A, _) in averages.items()}, loss
+    for step, loss in training(setup, steps):
+        if (step - 1) % group["tinv"] == 0:              # this step renewed the sketches
+            sketched = {weight: A.clone() for weight, (A, _) in averages.items()}
+    return sketched, loss
 
 
 # ---------------------------------------------------------------------------------------------

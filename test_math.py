@@ -4963,6 +4963,21 @@ def test_analyze_multiplier():
           [0.5 / (0.5 + ā @ ā), 1.0, 0.5 / (ā @ ā / 4)], 1e-12)
 
 
+def test_analyze_nystrom():
+    """After any number of steps the average is the one that the sketch in use was taken of."""
+    for steps in (1, 3, 4, 6, 8):                    # statistics in 0, 2, 4, 6, sketches in 0, 3, 6
+        setup = analyze_setup("nysact", analyze_net(), rank=30, tcov=2, tinv=3)
+        averages, loss = analyze.train_and_watch(setup, steps)
+        assert setup.optimizer.steps == steps and math.isfinite(loss)
+        exact, sketched = setup.net[0].weight, setup.net[3].weight
+        L, A = setup.optimizer.state[exact]["factor"][0].double(), averages[exact]
+        close(f"factor of A + ρI after {steps} steps", L @ L.mT - torch.eye(len(A)), A, 1e-5)
+        A, state = averages[sketched], setup.optimizer.state[sketched]
+        S = setup.optimizer.layers[sketched].sketch(A)[0].double()
+        close(f"Â after {steps} steps", state["eigenvalues"][0].sort().values,
+              nysact.nystrom(A @ S[None], S[None])[1][0].sort().values, 1e-4)
+
+
 def test_analyze_csv():
     """What a figure writes where matplotlib is missing: its numbers, caption and command."""
     with tempfile.TemporaryDirectory() as folder:
