@@ -618,8 +618,10 @@ def publish(args, setup, when, caption, columns, rows, shown, size, draw):
     if setup is not None:
         config = setup.config
         name = "-".join([name, config["model"], config["optim"], config["dataset"]])
+        seeds = config["run"] if isinstance(config["run"], list) else [config["run"]]
+        seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         caption = f"{caption.rstrip('.')} ({config['model']} on {config['dataset']}, " \
-            f"{config['optim']}, {when}, seed {config['run']})."
+            f"{config['optim']}, {when}, {seeds})."
     if args.note:
         caption = f"{caption.rstrip('.')} ({args.note})."
     write_csv(folder / f"{name}.csv", caption, args, columns, rows)
@@ -1110,7 +1112,7 @@ def trained_paths(args):
 
 def run_ends(args):
     """{run: [(0, its start), (epoch, its end)]}, and a Setup for the surface."""
-    paths, common = [], None
+    paths, seeds, common = [], [], None
     for folder in args.runs:
         config, saved = read_run(folder)
         what = config["model"], config["dataset"]
@@ -1123,7 +1125,8 @@ def run_ends(args):
         start = flat(net)
         net.load_state_dict(saved["model"])
         paths.append([(0, start), (saved["epoch"], flat(net))])
-    setup = Setup(data, config | dict(optim="runs"), net, optimizer)
+        seeds += [config["run"]] * (config["run"] not in seeds)
+    setup = Setup(data, config | dict(optim="runs", run=seeds), net, optimizer)
     return dict(zip(labels(args.runs), paths)), setup
 
 

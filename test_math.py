@@ -25,6 +25,7 @@ import time
 import traceback
 import warnings
 import weakref
+from unittest import mock
 
 import numpy as np
 import torch
@@ -4996,6 +4997,26 @@ def test_analyze_csv():
     assert lines[0] == f"# {caption}" == "# Two numbers (hand-made)."
     assert lines[1].startswith("# python analyze.py curves 'a b' --output_dir"), lines[1]
     assert lines[2:] == [f"# torch {torch.__version__}", "x,y", "p,0.333333", "q,2"], lines
+
+
+def test_analyze_seeds():
+    """The caption of a surface names the seeds of all runs that are drawn on it."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(sys.modules, matplotlib=None), \
+            mock.patch.object(analyze.datasets, "load",
+                              lambda *_: analyze_data(n=20, size=32, classes=10)):
+        runs = [os.path.join(folder, name) for name in "abc"]
+        for run, seed in zip(runs, (3, 0, 0)):
+            config = analyze.RECIPES["sgd"] | dict(model="lenet5", dataset="shapes", optim="sgd",
+                                                   run=seed)
+            os.mkdir(run)
+            torch.save(dict(config=config, epoch=1, model=models.CIFAR_MODELS["lenet5"](
+                10).state_dict()), os.path.join(run, "checkpoint.pt"))
+        for some, seeds in ((runs, "seeds 3, 0"), (runs[1:], "seed 0")):
+            with contextlib.redirect_stdout(io.StringIO()) as said, \
+                    contextlib.redirect_stderr(io.StringIO()):
+                status = analyze.main(["landscape", *some, "--grid", "2", "--output_dir", folder])
+            assert status == 0 and f"{2 * len(some)} iterates, {seeds})" in " ".join(
+                said.getvalue().split()), said.getvalue()
 
 
 def test_analyze_refuses():
