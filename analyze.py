@@ -861,7 +861,8 @@ def convergence(args):
     the first --samples images, J their Jacobian by the weights of all Linear and Conv2d layers, B
     a method's multiplier at its published damping. Steps along −B Jᵀ(u − y) change u by J B Jᵀ, so
     the slowest component shrinks by 1 − c per step of size 1/λ_max, with the factor
-    c = λ_min(J B Jᵀ)/λ_max(J B Jᵀ). J B Jᵀ is a sum over layers.
+    c = λ_min(J B Jᵀ)/λ_max(J B Jᵀ). J B Jᵀ is a sum over layers. An attention block's qkv counts as
+    one Linear for all methods, MAC too, which would take the value projection by attended tokens.
     """
     rows, setup = [], set_up(args)
     (x, y), = sample(setup.data, argparse.Namespace(images=args.samples, batch_size=args.samples))
