@@ -12,6 +12,8 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -402,6 +404,15 @@ def test_parameter_groups():
     text = data.Text(torch.zeros(0), torch.zeros(0), [], "word", "")
     config = train_lm.resolve(args, args.optim[0], 0, text)
     assert args.optim == ["adafisherw"] and published.items() <= config.items(), config
+
+
+def test_published_steps():
+    """The docstring's command on OpenWebText takes the 15,000 steps of MAC's nanoGPT."""
+    line = re.search(r"train_lm.py (--text openwebtext.+?)\n\n", train_lm.__doc__, re.DOTALL)[1]
+    args = train_lm.parse(shlex.split(line.replace("\\\n", " ")))
+    windows = data.num_windows(range(args.train_size), GPT_SIZES[args.model]["context"])
+    assert windows // args.batch_size * args.epoch == 15_000 and windows % args.batch_size == 0
+    assert 274_000_000 * 9 // 10 >= args.train_size and args.optim == ["mac"]
 
 
 def test_sample():

@@ -9,9 +9,11 @@
 
 Without flags: AdaFisherW on WikiText-2 with the size (4 layers, 12 heads, width 768, context 256)
 and the settings of its paper, but for the embeddings: there they are GPT-1's, frozen, and here they
-are learned. MAC's settings on OpenWebText, which --text can name a file of:
+are learned. MAC's settings on OpenWebText for its 15,000 steps of 32 windows, but by characters,
+where its code takes word pieces; the file needs 274 million of them, a tenth for validation:
 
-    --model nanogpt --optim mac --lr 1e-3 --min_lr 0.06 --warmup 2000 --nesterov --tinv 5 \\
+    python train_lm.py --text openwebtext.txt --train_size 245760512 --epoch 1 --batch_size 32 \\
+        --model nanogpt --optim mac --lr 1e-3 --min_lr 0.06 --warmup 2000 --nesterov --tinv 5 \\
         --weight_decay 0.1 --decoupled_weight_decay --clip 1 --amp
 
 Every run writes config.json, log.csv and checkpoint.pt to its own folder. The same command with
