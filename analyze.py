@@ -370,7 +370,7 @@ def second_moments(net, batches, names):
     sums = {name: [0, 0, 0] for name in names}       # Σ [a; 1][a; 1]ᵀ and Σ p pᵀ, packed; rows
 
     def record(name, module, args, output):
-        total, rows = input_moment(module, args[0].double(), output)
+        total, rows = input_moment(module, args[0].detach().double(), output)
         sums[name][0] = sums[name][0] + total
         sums[name][2] += rows
         # a Linear's output on more than two dimensions is a view
