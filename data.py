@@ -1054,6 +1054,7 @@ def random_crop(height, width, scale, ratio, rng):
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    w, h = max(w, 1), max(h, 1)
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -610,6 +610,7 @@ def test_images_crop():
     assert data.random_crop(33, 500, (1, 1), (3 / 4, 4 / 3), rng) == (0, 228, 33, 44)
     assert data.random_crop(500, 33, (1, 1), (3 / 4, 4 / 3), rng) == (228, 0, 44, 33)
     assert data.random_crop(1, 1, (0.08, 1), (3 / 4, 4 / 3), rng) == (0, 0, 1, 1)
+    assert data.random_crop(8, 8, (1, 1), (50, 90), rng) == (3, 0, 1, 8)     # not of no height
 
 
 def filtered(image, size, interpolation):
