@@ -52,7 +52,7 @@ from adafisher import AdaFisher
 from kfac import running_mean
 from mac import MAC
 from models import CIFAR_MODELS, Attention
-from train_cifar import (COUNT, COUNT_OR_ZERO, POSITIVE, RECIPES, Diverged, Parser, UsageError,
+from train_cifar import (COUNT, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
                          add_optimizer_flags, build, number, user_path, write_file)
 
 
@@ -1296,7 +1296,7 @@ def add_flags(figure, defaults):
                         help="default %(default)s, generated")
     figure.add_argument("--data_dir", type=user_path, default="data", metavar="DIR",
                         help="default %(default)s")
-    figure.add_argument("--run", type=COUNT_OR_ZERO, default=0, metavar="SEED",
+    figure.add_argument("--run", type=SEED, default=0, metavar="SEED",
                         help="seed of everything random (default %(default)s)")
     flag("model", "%(choices)s", choices=list(CIFAR_MODELS), metavar="NAME")
     flag("optim", "what trains; of %(choices)s", choices=list(RECIPES), metavar="NAME")

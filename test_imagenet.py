@@ -218,6 +218,8 @@ def test_wrong_commands():
         "--learning-rate 1": "--learning_rate", "--mix 0.2": "--mix", "--sketch x": "subcolumns",
         "--epochs 1": "--data_dir", "--data-path /nowhere": "/nowhere", "--resume FILE": "FILE",
         "--dummy 8 --warmup-lr 1 --warmup-decay 0.5": "--warmup_lr",
+        dummy + "--crop-pct 1e-320": "--crop_pct", dummy + "--val-resize-size 99999": "16384",
+        dummy + "--ratio 1e-320 1": "--ratio", dummy + "--accum 99999999999999999999": "10^15",
         "--dummy 8 --input-size 1 28 28": "3 N N", "--dummy 8 --amp-dtype float16": "--amp",
         dummy + "--mixup 1 -b 3": "even number", dummy + "--val-crop-size 32": "--val_crop_size",
         dummy + "--sync-bn": "--sync_bn", dummy + "-b 16": "batch",

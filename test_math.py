@@ -5046,6 +5046,7 @@ def test_analyze_refuses():
     for argv, words in ((["effect", "--rank", "3"], ("--rank has no use in mac",)),
                         (["curves", "x", "--steps", "3"], ("--steps",)),
                         (["spectrum"], ("spectrum",)), ([], ("FIGURE",)),
+                        (["mean", "--run", "2147483648"], ("--run", "2147483647")),
                         (["mean", "--from_run", "x", "--model=lenet5"], ("--model", "own value")),
                         (["perturb", "--from-run=x", "--dataset=shapes"], ("--dataset has no",)),
                         (["spectra", "--rank", "3", "--from_run", "x"], ("--rank", "own value")),

@@ -138,6 +138,8 @@ def test_wrong_commands():
         "--run -1": "--run", "--run": "--run", "--label-smoothing 1": "--label_smoothing",
         "--model resnet21": "resnet20", "--optim sgdd": "adamw", "--dataset mnist": "fashion_mnist",
         "--schedule linear": "multistep", "--sketch x": "subcolumns",
+        "--lr 1e300": "at most 1e30", "--weight_decay 1e300": "to 1e30", "--damping 1e300": "1e30",
+        f"--epoch 1{400 * '0'}": "10^15", f"--warmup 1{400 * '0'}": "10^15",
         "--learning_rate 1": "--learning_rate",
         "--dataset shapes --train_size 99999999": "99999999",
         "--optim sgd --momentum 0 --nesterov --dataset shapes --train_size 64": "esterov",

@@ -102,11 +102,12 @@ def user_path(text):
         raise argparse.ArgumentTypeError(str(error).rstrip("."))
 
 
-POSITIVE = number(float, lambda v: 0 < v < math.inf, "a positive number")
-NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+# No setting makes sense beyond these limits, where float32 and int64 would overflow.
+POSITIVE = number(float, lambda v: 0 < v <= 1e30, "a positive number of at most 1e30")
+NOT_NEGATIVE = number(float, lambda v: 0 <= v <= 1e30, "a number from 0 to 1e30")
 FRACTION = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
-COUNT = number(int, lambda v: v >= 1, "a whole number of at least 1")
-COUNT_OR_ZERO = number(int, lambda v: v >= 0, "a whole number of at least 0")
+COUNT = number(int, lambda v: 1 <= v <= 10 ** 15, "a whole number from 1 to 10^15")
+COUNT_OR_ZERO = number(int, lambda v: 0 <= v <= 10 ** 15, "a whole number from 0 to 10^15")
 # What seeds are made into with epochs and ranks stays below the 2^64 that torch takes.
 SEED = number(int, lambda v: 0 <= v < 2 ** 31, "a whole number from 0 to 2147483647")
 

@@ -122,6 +122,9 @@ MACHINE = ("batch_size", "accum", "world", "channels_last", "compile", "pretrain
 # ---------------------------------------------------------------------------------------------
 
 PROBABILITY = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+PIXELS = number(int, lambda v: 1 <= v <= 2 ** 14, "a whole number from 1 to 16384")
+SHARE = number(float, lambda v: 0.01 <= v <= 1, "a number from 0.01 to 1")
+RATIO = number(float, lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100")
 
 
 def truth(text):
@@ -287,15 +290,15 @@ def add_image_flags(flag, group):
     flag(group, "ra_reps", default=3, type=COUNT, metavar="N",
          help="how often an image comes in a row, on different ranks")
     flag(group, "aug_repeats", type=COUNT_OR_ZERO, metavar="N", help="both in one; 0 is off")
-    flag(group, "train_crop_size", "--img_size", default=224, type=COUNT, metavar="N",
+    flag(group, "train_crop_size", "--img_size", default=224, type=PIXELS, metavar="N",
          help="side of the training images in pixels")
-    flag(group, "input_size", type=COUNT, nargs=3, metavar=("C", "H", "W"),
+    flag(group, "input_size", type=PIXELS, nargs=3, metavar=("C", "H", "W"),
          help="the same in another form: 3 N N")
-    flag(group, "val_crop_size", type=COUNT, metavar="N",
+    flag(group, "val_crop_size", type=PIXELS, metavar="N",
          help="side of the test images (default 224 | that of the training images)")
-    flag(group, "val_resize_size", type=COUNT, metavar="N",
+    flag(group, "val_resize_size", type=PIXELS, metavar="N",
          help="shorter side before this crop (default 256 | by --crop_pct)")
-    flag(group, "crop_pct", type=POSITIVE, metavar="X",
+    flag(group, "crop_pct", type=SHARE, metavar="X",
          help="val_crop_size / val_resize_size, instead")
     flag(group, "interpolation", choices=("bilinear", "bicubic"), help="for test images")
     flag(group, "train_interpolation", choices=("bilinear", "bicubic", "random"),
@@ -306,7 +309,7 @@ def add_image_flags(flag, group):
          help="share of mirrored images")
     flag(group, "scale", default=[0.08, 1.0], nargs=2, type=PROBABILITY, metavar="X",
          help="least and largest share of an image's area in its crop")
-    flag(group, "ratio", default=[3 / 4, 4 / 3], nargs=2, type=POSITIVE, metavar="X",
+    flag(group, "ratio", default=[3 / 4, 4 / 3], nargs=2, type=RATIO, metavar="X",
          help="least and largest width / height of a crop")
 
 
