@@ -298,7 +298,10 @@ def training(setup, steps, text="steps"):
         if config.get("fisher") == "sampled":
             optimizer.sample_fisher(logits)
         loss.backward()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except FloatingPointError as error:
+            raise Diverged(f"training with {config['optim']} diverged in step {step}: {error}")
         if not (loss.isfinite() and all(p.isfinite().all() for p in net.parameters())):
             raise Diverged(f"training with {config['optim']} diverged in step {step}: try a "
                            "smaller --lr")
@@ -322,7 +325,7 @@ def stages(args, fractions=(1,)):
     net, optimizer = build(config, data)
     if 0 in fractions:
         yield "start", Setup(data, config, net, optimizer)
-    net.load_state_dict(saved["model"])
+    put_weights(net, saved, config)
     yield f"epoch {saved['epoch']}", Setup(data, config, net, optimizer)
 
 
@@ -334,13 +337,24 @@ def read_run(folder):
         config = dict(saved["config"], channels_last=False)
         if config["model"] not in CIFAR_MODELS or config["dataset"] not in datasets.STATISTICS:
             raise KeyError(config["model"])
-        return config, saved
+        for name in ("run", *RECIPES[config["optim"]]):       # what build() and a caption need
+            config[name]
+        return config, {name: saved[name] for name in ("epoch", "model")}
     except FileNotFoundError:
         raise UsageError(f"{folder} holds no checkpoint.pt: name a folder written by "
                          "train_cifar.py")
     except Exception as error:   # torch.load raises half a dozen kinds for a damaged file
         raise UsageError(f"{path} is damaged or not a checkpoint of train_cifar.py "
                          f"({type(error).__name__})")
+
+
+def put_weights(net, saved, config):
+    """Load a run's parameters into the network that build() made from its configuration."""
+    try:
+        net.load_state_dict(saved["model"])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise UsageError(f"the checkpoint does not fit this version of {config['model']}: "
+                         f"{str(error).splitlines()[0]} Train the run anew")
 
 
 def sample(data, args):
@@ -568,7 +582,7 @@ def read_curves(folders):
                         for row in csv.DictReader(file)]
             seconds = list(itertools.accumulate(row[0] for row in rows))
             curves.append([(i + 1, seconds[i], *row[1:]) for i, row in enumerate(rows)])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, csv.Error):
             rows = []
         if not rows:
             raise UsageError(f"{log} is not a log of train_cifar.py: it lacks a number in one of "
@@ -1124,7 +1138,7 @@ def run_ends(args):
                              f"{' on '.join(common)}: one surface takes one network and data set")
         net, optimizer = build(config, data)
         start = flat(net)
-        net.load_state_dict(saved["model"])
+        put_weights(net, saved, config)
         paths.append([(0, start), (saved["epoch"], flat(net))])
         seeds += [config["run"]] * (config["run"] not in seeds)
     setup = Setup(data, config | dict(optim="runs", run=seeds), net, optimizer)

@@ -5043,6 +5043,18 @@ def test_analyze_refuses():
         runs = analyze.read_curves([os.path.join(folder, "a")])
         assert runs == {"a": [(1, 10.0, 2.5, 31.5), (2, 30.0, 1.5, 41.5)]}, runs
         raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
+        with open(os.path.join(folder, "b", "log.csv"), "w") as file:
+            file.write('"' + 200_000 * "x")                 # more than csv takes for a field
+        raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
+        config = analyze.RECIPES["sgd"] | dict(model="lenet5", dataset="shapes", optim="sgd", run=0)
+        for name in ("lr", "run"):
+            older = {key: value for key, value in config.items() if key != name}
+            torch.save(dict(config=older, epoch=1, model={}), os.path.join(folder, "checkpoint.pt"))
+            raises(analyze.UsageError, ("not a checkpoint",), lambda: analyze.read_run(folder))
+        raises(analyze.UsageError, ("does not fit", "lenet5"),
+               lambda: analyze.put_weights(net, dict(model={}), config))
+    raises(analyze.Diverged, ("diverged in step 1", "raise damping"), lambda: list(
+        analyze.training(analyze_setup("foof", analyze_net(), damping=1e-30), 2)))
     for argv, words in ((["effect", "--rank", "3"], ("--rank has no use in mac",)),
                         (["curves", "x", "--steps", "3"], ("--steps",)),
                         (["spectrum"], ("spectrum",)), ([], ("FIGURE",)),
