@@ -1154,7 +1154,7 @@ def smoke(stop):
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
         def go(folder, flags):
-            argv = ("--dummy 16 --train_crop_size 32 --val_crop_size 32 --val_resize_size 32 "
+            argv = ("--dummy 8 --train_crop_size 32 --val_crop_size 32 --val_resize_size 32 "
                     "--batch_size 4 --workers 0 --device cpu").split()
             argv += ["--output_dir", str(Path(root, folder)), *flags.split()]
             launch(parse(argv), argv, stop)
