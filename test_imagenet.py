@@ -440,6 +440,8 @@ def test_used_folder():
         (tmp / "checkpoint.pt").write_bytes(before[:len(before) // 2])
         _, err = main(f"{SMALL} -b 12 --epochs 1 --resume --output-dir {tmp}", status=2)
         assert "damaged" in err and len(err.splitlines()) == 1, err
+        _, err = main(f"{SMALL} -b 12 --output-dir {tmp}/log.csv/x", status=2)
+        assert "log.csv is a file: name another" in err and len(err.splitlines()) == 1, err
 
 
 def test_killed_worker():

@@ -567,7 +567,7 @@ def test_wrong_commands():
             "--context 300": "--context", "--schedule linear": "constant", "--run": "--run",
             f"--text {tmp}/none": "none", f"--text {tmp}/binary": "UTF-8",
             f"--text {tmp}/short --train_size 80 --valid_size 9": "--context",
-            f"--text {tmp}": str(tmp),
+            f"--text {tmp}": str(tmp), f"--output_dir {tmp}/short/x": "short is a file: name",
             "--optim sgd --momentum 0 --nesterov": "esterov",
             "--optim adamw sgd --momentum 0 --nesterov": "esterov",      # before adamw trains
             f"--dataset wikitext2 --data_dir {tmp} --train_file my.txt": "my.txt",

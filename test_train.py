@@ -403,7 +403,8 @@ def test_used_folder():
         assert (tmp / "run" / "checkpoint.pt").stat().st_mtime_ns == before
         assert read_log(tmp / "run", ()) == log
         (tmp / "file").write_text("")
-        refused(tmp, *SMALL, "--output_dir", "file")
+        error = refused(tmp, *SMALL, "--output_dir", "file/x")
+        assert "since file is a file: name another" in error, error
 
 
 def test_interrupt():

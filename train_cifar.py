@@ -270,6 +270,18 @@ def check(args):
     return device
 
 
+def check_folder(folder, resume):
+    """Refuse a run's folder that cannot be made, or holds a run that is not to be continued."""
+    place = next((place for place in (folder, *folder.parents) if place.exists()), Path())
+    if not place.is_dir():
+        raise UsageError(f"{folder} cannot be the run's folder, since {place} is a file: name "
+                         "another one with --output_dir")
+    files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
+    if any(file.exists() for file in files) and not resume:
+        raise UsageError(f"{folder} already holds a run: add --resume to continue it, or name "
+                         "another folder with --output_dir")
+
+
 def run_folders(args):
     """The folder of each (optimizer, seed)."""
     folders = {}
@@ -279,10 +291,7 @@ def run_folders(args):
             if args.output_dir is not None:
                 folder = Path(args.output_dir, optim if len(args.optim) > 1 else "",
                               str(seed) if len(args.run) > 1 else "")
-            files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
-            if any(file.exists() for file in files) and not args.resume:
-                raise UsageError(f"{folder} already holds a run: add --resume to continue it, or "
-                                 "name another folder with --output_dir")
+            check_folder(folder, args.resume)
             folders[optim, seed] = folder
     return folders
 

@@ -56,8 +56,8 @@ from tqdm import tqdm
 import data as datasets
 from models import IMAGENET_MODELS, load_pretrained
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
-                         Diverged, Parser, UsageError, describe, number, optimizer_class,
-                         peak_memory, state_bytes, user_path, write_file)
+                         Diverged, Parser, UsageError, check_folder, describe, number,
+                         optimizer_class, peak_memory, state_bytes, user_path, write_file)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's pixels, for all models
 
@@ -424,10 +424,7 @@ def tell(*words):
 def run_folder(args):
     folder = Path("runs", f"imagenet-{args.model}-{args.optim}", str(args.seed))
     folder = folder if args.output_dir is None else Path(args.output_dir)
-    files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
-    if any(file.exists() for file in files) and not args.resume and not args.test_only:
-        raise UsageError(f"{folder} already holds a run: add --resume to continue it, or name "
-                         "another folder with --output_dir")
+    check_folder(folder, args.resume or args.test_only)
     return folder
 
 

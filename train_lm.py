@@ -48,8 +48,8 @@ from tqdm import tqdm
 import data as datasets
 from models import GPT, GPT_SIZES
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
-                         Diverged, Parser, UsageError, describe, optimizer_class, peak_memory,
-                         state_bytes, terminate, user_path, write_file)
+                         Diverged, Parser, UsageError, check_folder, describe, optimizer_class,
+                         peak_memory, state_bytes, terminate, user_path, write_file)
 
 # A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
 # of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
@@ -279,10 +279,7 @@ def run_folders(args):
             if args.output_dir is not None:
                 folder = Path(args.output_dir, optim if len(args.optim) > 1 else "",
                               str(seed) if len(args.run) > 1 else "")
-            files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
-            if any(file.exists() for file in files) and not args.resume:
-                raise UsageError(f"{folder} already holds a run: add --resume to continue it, or "
-                                 "name another folder with --output_dir")
+            check_folder(folder, args.resume)
             folders[optim, seed] = folder
     return folders
 
