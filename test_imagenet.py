@@ -243,6 +243,8 @@ def test_wrong_commands():
             _, err = main(f"{command} --output-dir {tmp / 'run'}", status=2)
             assert word in err and len(err.splitlines()) == 1, (command, err)
         assert not (tmp / "run").exists()
+        _, err = main(f"{dummy} --dummy 1000000000000000 --output-dir {tmp / 'run'}", status=1)
+        assert "Unable to allocate" in err and len(err.splitlines()) == 1, err
         _, err = main(dummy + f"--rank 3 --opt sgd --epochs 1 --output-dir {tmp / 'run'}")
         assert err.startswith("note: no use for --rank"), err
     print(f"    {len(wrong)} commands")
@@ -437,11 +439,13 @@ def test_used_folder():
         out, _ = main(f"{SMALL} -b 6 --accum 2 --epochs 1 --resume --output-dir {tmp}")
         assert "resumed after epoch 1 of 1" in out and record(out)["epoch"] == 1
         assert (tmp / "checkpoint.pt").read_bytes() == before and read_log(tmp) == log
-        (tmp / "checkpoint.pt").write_bytes(before[:len(before) // 2])
-        _, err = main(f"{SMALL} -b 12 --epochs 1 --resume --output-dir {tmp}", status=2)
-        assert "damaged" in err and len(err.splitlines()) == 1, err
-        _, err = main(f"{SMALL} -b 12 --output-dir {tmp}/log.csv/x", status=2)
-        assert "log.csv is a file: name another" in err and len(err.splitlines()) == 1, err
+        torch.save(dict(checkpoint(tmp), config="none"), tmp / "foreign")
+        for content in (before[:len(before) // 2], (tmp / "foreign").read_bytes()):
+            (tmp / "checkpoint.pt").write_bytes(content)
+            _, err = main(f"{SMALL} -b 12 --epochs 1 --resume --output-dir {tmp}", status=2)
+            assert "damaged" in err and len(err.splitlines()) == 1, err
+        _, err = main(f"{SMALL} -b 12 --output-dir {tmp}/foreign/x", status=2)
+        assert "foreign is a file: name another" in err and len(err.splitlines()) == 1, err
 
 
 def test_killed_worker():

@@ -487,7 +487,10 @@ def test_resume():
             _, err = run(*argv, "--resume", *changed, status=2)
             assert word in err and len(err.splitlines()) == 1, err
         path = b / "checkpoint.pt"
-        path.write_bytes(path.read_bytes()[:-1000])
+        whole = path.read_bytes()
+        torch.save(dict(torch.load(path), config="none"), path)
+        assert str(path) in run(*argv, "--resume", status=2)[1]
+        path.write_bytes(whole[:-1000])
         assert str(path) in run(*argv, "--resume", status=2)[1]
 
 

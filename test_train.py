@@ -347,7 +347,10 @@ def test_damaged_checkpoint():
         run(tmp, *SMALL, "--epoch", 1, "--output_dir", "run")
         whole = path.read_bytes()
         middle = len(whole) // 2
+        foreign = io.BytesIO()
+        torch.save(dict(config="none", log=0), foreign)
         damaged = {"truncated": whole[:middle], "empty": b"", "no checkpoint": b"epoch,lr\n" * 99,
+                   "foreign": foreign.getvalue(),
                    "flipped": whole[:middle] + bytes(255 - b for b in whole[middle:middle + 64])
                    + whole[middle + 64:]}
         for name, content in damaged.items():

@@ -533,7 +533,7 @@ def load_checkpoint(path, config, model, optimizer):
         if damaged:
             raise zipfile.BadZipFile(damaged)
         saved = torch.load(path, map_location="cpu")
-        old, rows = saved["config"], saved["log"]
+        old, rows = dict(saved["config"]), list(saved["log"])
     except Exception as error:   # torch.load raises half a dozen kinds for a damaged file
         raise UsageError(f"{path} cannot be read, it is damaged or not a checkpoint of this script "
                          f"({type(error).__name__}); move it away to start this run anew")

@@ -944,7 +944,7 @@ def read_checkpoint(path):
         saved = torch.load(path, map_location="cpu")
         for name in ("config", "log", "partial", "model", "ema", "optimizer", "scaler"):
             saved[name]
-        return saved
+        return dict(saved, config=dict(saved["config"]), log=list(saved["log"]))
     except Exception as error:   # torch.load raises half a dozen kinds for a damaged file
         raise UsageError(f"{path} cannot be read, it is damaged or not a checkpoint of this script "
                          f"({type(error).__name__}); move it away to start this run anew")
@@ -1210,9 +1210,9 @@ def main(argv):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             time.sleep(10)
         return 1 if isinstance(error, Diverged) else 2
-    except (datasets.DataError, OSError, torch.OutOfMemoryError) as error:
+    except (datasets.DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"train_imagenet.py: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, torch.OutOfMemoryError) else 2
+        return 1 if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else 2
     except RuntimeError as error:
         if "RANK" not in os.environ or "onnection" not in str(error):
             raise
