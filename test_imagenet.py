@@ -86,7 +86,7 @@ def main(argv, status=0):
 def start(cwd, argv, ranks=0):
     """The script as a process, by torchrun if there are ranks."""
     command = [sys.executable, *(f"-m torch.distributed.run --nproc_per_node={ranks} --master_port="
-                                 f"{free_port()}".split() if ranks else ()),
+                                 f"{free_ports(1)[0]}".split() if ranks else ()),
                str(HERE / "train_imagenet.py"), *shlex.split(argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, encoding="utf-8",
@@ -101,10 +101,13 @@ def finish(process, status=0):
     return out, err
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports(count):
+    """Different ones: a port that was given back can be the next one that is given out."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
 
 
 def read_log(folder):
@@ -663,7 +666,7 @@ def ranks():
     method = context().get_start_method()
     root = tempfile.TemporaryDirectory()
     own_data(Path(root.name))
-    Path(root.name, "ports").write_text(" ".join(str(free_port()) for _ in jobs()))
+    Path(root.name, "ports").write_text(" ".join(map(str, free_ports(len(jobs())))))
     multiprocessing.start_processes(one_rank, (3, root.name), 3, start_method=method)
     seen = [torch.load(Path(root.name, f"{rank}.pt")) for rank in range(3)]
     for name in jobs():
