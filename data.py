@@ -884,7 +884,7 @@ class PackedImages:
                 about = json.load(file)
             self.labels = np.load(os.path.join(folder, f"{split}.labels.npy"))
             shape = (about["count"], about["size"], about["size"], 3)
-            self.classes = about["classes"]
+            self.classes = list(about["classes"])
             images = np.load(self.file, mmap_mode="r")
         except FileNotFoundError as error:
             raise DataError(f"{error.filename} is missing: the packing of {split} in {folder} is "
@@ -892,7 +892,8 @@ class PackedImages:
         except (ValueError, KeyError, TypeError, EOFError) as error:  # numpy's for short files
             raise DataError(f"the packing of {split} in {folder} is damaged or truncated "
                             f"({error}); {again}.") from error
-        if images.shape != shape or images.dtype != np.uint8 or self.labels.shape != shape[:1]:
+        if images.shape != shape or images.dtype != np.uint8 or self.labels.shape != shape[:1] \
+                or self.labels.dtype != np.int64:
             raise DataError(f"{self.file}, its labels and {split}.packed.json do not belong "
                             f"together; {again}.")
         check_labels(self.labels, len(self.classes), os.path.join(folder, f"{split}.labels.npy"))

@@ -1165,6 +1165,20 @@ def test_images_pack():
         assert not (path / "other" / "train.packed.json").exists()
 
 
+def test_images_foreign_packing():
+    """Files of the right names that hold other things than data.py writes."""
+    with folder() as path:
+        about = dict(count=9, size=4, classes=["cat", "dog"])
+        data.write_packed(path, "train", data.dummy_images(9, 4, 2), about, 0)
+        labels = np.load(path / "train.labels.npy")
+        assert data.open_images(path, "train").labels.dtype == labels.dtype == np.int64
+        for wrong in (labels / 4, labels.astype(str)):
+            np.save(path / "train.labels.npy", wrong)
+            data_error(lambda: data.open_images(path, "train"), "belong together", "data.py pack")
+        (path / "train.packed.json").write_text('{"count": 9, "size": 4, "classes": 2}')
+        data_error(lambda: data.open_images(path, "train"), "damaged", "data.py pack")
+
+
 def test_images_rates():
     """The table has a row for each operation; what cannot be measured is refused."""
     needs_pillow()
