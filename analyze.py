@@ -53,7 +53,7 @@ from kfac import running_mean
 from mac import MAC
 from models import CIFAR_MODELS, Attention
 from train_cifar import (COUNT, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
-                         add_optimizer_flags, build, number, user_path, write_file)
+                         add_optimizer_flags, build, number, print_anything, user_path, write_file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1338,6 +1338,7 @@ def add_flags(figure, defaults):
 
 def main(argv):
     """Run the command; its exit status."""
+    print_anything()
     try:
         args = parse(argv)
         try:

@@ -173,6 +173,17 @@ def test_flag_spelling():
     assert all(f"--{name}" in out for name in vars(args))
 
 
+def test_plain_console():
+    """A console without a script's characters gets its manual all the same."""
+    for script, argv in ((train_cifar, []), (train_lm, []), (train_imagenet, []),
+                         (analyze, ["mean"])):
+        out = io.TextIOWrapper(io.BytesIO(), "ascii")
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            script.main([*argv, "--help"])
+        out.flush()
+        assert b"--output_dir DIR" in out.buffer.getvalue(), script
+
+
 def test_home_folders():
     """In every script ~ is expanded where a shell leaves it, after =; unknown users are refused."""
     scripts = {train_cifar: "--data_dir= --output_dir=",

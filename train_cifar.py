@@ -622,6 +622,12 @@ def smoke():
     return f"smoke test passed: {' '.join(names)}, {time.perf_counter() - start:.0f} s"
 
 
+def print_anything():
+    """Print what the console or the file has no characters for as \\u03bb, instead of failing."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def terminate(signum, frame):
     raise KeyboardInterrupt(signum)
 
@@ -629,6 +635,7 @@ def terminate(signum, frame):
 def main(argv):
     """Run the command; its exit status."""
     signal.signal(signal.SIGTERM, terminate)
+    print_anything()
     try:
         args = parse(argv)
         if args.smoke:

@@ -57,7 +57,8 @@ import data as datasets
 from models import IMAGENET_MODELS, load_pretrained
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
                          Diverged, Parser, UsageError, check_folder, describe, number,
-                         optimizer_class, peak_memory, state_bytes, user_path, write_file)
+                         optimizer_class, peak_memory, print_anything, state_bytes, user_path,
+                         write_file)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's pixels, for all models
 
@@ -1180,6 +1181,7 @@ def main(argv):
     that the others cannot know of."""
     rank = int(os.environ.get("RANK", 0))
     stop = Stop()
+    print_anything()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     try:

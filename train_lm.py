@@ -49,7 +49,8 @@ import data as datasets
 from models import GPT, GPT_SIZES
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
                          Diverged, Parser, UsageError, check_folder, describe, optimizer_class,
-                         peak_memory, state_bytes, terminate, user_path, write_file)
+                         peak_memory, print_anything, state_bytes, terminate, user_path,
+                         write_file)
 
 # A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
 # of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
@@ -654,8 +655,7 @@ def smoke():
 def main(argv):
     """Run the command; its exit status."""
     signal.signal(signal.SIGTERM, terminate)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")      # a sample may have any characters
+    print_anything()
     args = None
     try:
         args = parse(argv)
