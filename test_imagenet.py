@@ -1,6 +1,6 @@
 """train_imagenet.py: its flags, its arithmetic, its ranks, and as a user runs it with torchrun.
 
-    python test_imagenet.py       # two minutes of CPU time for two cores; no data, no network
+    python test_imagenet.py       # 80 seconds of CPU time for two cores; no data, no network
 
 Images are random and tiny, so accuracies mean nothing. What takes several ranks runs in three
 processes that are started once; only a few checks pay for torchrun.
@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -30,6 +31,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from tqdm import tqdm
 
 import data as datasets
 import models
@@ -83,11 +85,10 @@ def main(argv, status=0):
     return out.getvalue(), err.getvalue()
 
 
-def start(cwd, argv, ranks=0):
-    """The script as a process, by torchrun if there are ranks."""
-    command = [sys.executable, *(f"-m torch.distributed.run --nproc_per_node={ranks} --master_port="
-                                 f"{free_ports(1)[0]}".split() if ranks else ()),
-               str(HERE / "train_imagenet.py"), *shlex.split(argv)]
+def start(cwd, argv):
+    """The script as two processes, by torchrun."""
+    command = [sys.executable, *"-m torch.distributed.run --nproc_per_node=2 --master_port".split(),
+               str(free_ports(1)[0]), str(HERE / "train_imagenet.py"), *shlex.split(argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, encoding="utf-8",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -517,7 +518,7 @@ PUBLISHED = ("--dummy 256 --epochs 1 --batch-size 64 --train-crop-size 32 --devi
              "--workers 0 --output-dir outputs")
 # For processes that do not know the networks of the tests.
 DEIT = SMALL.replace("deit_test", "deit_tiny_patch16_224") + (
-    " -b 4 --dummy 64 --print-freq 1 --mixup 0.2 --model-ema")
+    " -b 4 --dummy 48 --print-freq 1 --mixup 0.2 --model-ema")
 PATIENCE = datetime.timedelta(seconds=60)
 EVAL = "--model resnet_test --train-crop-size 32 --val-resize-size 32 --val-crop-size 32 --epochs 1"
 
@@ -809,7 +810,7 @@ def test_torchrun_and_sigterm():
     """SIGTERM to torchrun, then --resume: the log of an uninterrupted run, bit for bit."""
     _, root, _ = ranks()
     with folder() as tmp:
-        process = start(tmp, f"{DEIT} --workers 1 --output-dir run", 2)
+        process = start(tmp, f"{DEIT} --workers 1 --output-dir run")
         while "step 2/" not in process.stdout.readline():
             assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGTERM)
@@ -817,10 +818,16 @@ def test_torchrun_and_sigterm():
         assert err.count("stopped in epoch") == 1, err
         saved = checkpoint(tmp / "run")
         assert saved["partial"][0] >= 2 or saved["epoch"], saved["partial"]
-        out, _ = finish(start(tmp, f"{DEIT} --workers 1 --output-dir run --resume", 2))
+        out, _ = finish(start(tmp, f"{DEIT} --workers 1 --output-dir run --resume"))
         assert record(out)["processes"] == 2 and out.count("training images") == 1, out
         assert read_log(tmp / "run") == read_log(root / "deit")
         print(f"    stopped in epoch {saved['epoch'] + 1} after step {saved['partial'][0]}")
+
+
+def killed(argv, last):
+    """watch() until kill -9, which would leave a lock behind that tqdm shares among processes."""
+    tqdm.set_lock(threading.RLock())
+    watch(argv, last, signal.SIGKILL)
 
 
 def test_kill_and_resume():
@@ -828,7 +835,7 @@ def test_kill_and_resume():
     flags = f"{SMALL} -b 4 --dummy 16 --mixup 0.2 --model-ema"
     with folder() as tmp:
         argv = f"{flags} --output-dir {tmp}/killed"
-        process = context().Process(target=watch, args=(argv, 6, signal.SIGKILL))
+        process = context().Process(target=killed, args=(argv, 6))
         process.start()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
@@ -842,13 +849,10 @@ def test_kill_and_resume():
 def test_interrupt():
     """Ctrl-C: status 130, one line, and a checkpoint of this very step."""
     with folder() as tmp:
-        process = start(tmp, f"{DEIT} --dummy 400 --workers 2 --output-dir run")
-        while not process.stdout.readline().startswith("epoch 1/2  step 3/"):
-            assert process.poll() is None, process.communicate()
-        process.send_signal(signal.SIGINT)
-        _, err = finish(process, 130)
-        assert err.strip().count("\n") == 0 and "--resume" in err, err
-        assert checkpoint(tmp / "run")["partial"][0] >= 3
+        seen = watch(f"{SMALL} -b 4 --workers 2 --output-dir {tmp}", 3, signal.SIGINT)
+        assert seen["status"] == 130 and seen["err"].strip().count("\n") == 0, seen
+        assert "after step 3" in seen["err"] and "--resume" in seen["err"], seen
+        assert checkpoint(tmp)["partial"][0] == 3
 
 
 def test_smoke_and_help():
