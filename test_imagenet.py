@@ -352,10 +352,10 @@ def test_accumulation():
     """Micro-batches equal one batch, be they of one size or not."""
     with folder() as tmp:
         for optim in ("mac", "kfac", "adafisher"):
-            runs = []
+            runs, lr = [], 0.001 if optim == "adafisher" else 0.02       # AdaFisher's own is small
             for flags in "-b 4 --accum 3", "-b 12":
                 place = tmp / optim / flags[3]
-                main(f"{SMALL} {flags} --opt {optim} --lr 0.02 --output-dir {place}")
+                main(f"{SMALL} {flags} --opt {optim} --lr {lr} --output-dir {place}")
                 runs.append(moved(place))
             close_all(f"{optim}: six steps of 3×4 images as of 12", *runs, 1e-4)
     x, labels = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8), torch.randint(1000, (12,))
