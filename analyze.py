@@ -52,8 +52,8 @@ from adafisher import AdaFisher
 from kfac import running_mean
 from mac import MAC
 from models import CIFAR_MODELS, Attention
-from train_cifar import (COUNT, COUNT_OR_ZERO, POSITIVE, RECIPES, Diverged, Parser, UsageError,
-                         add_optimizer_flags, build, number, write_file)
+from train_cifar import (COUNT, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
+                         add_optimizer_flags, build, number, print_anything, user_path, write_file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -298,7 +298,10 @@ def training(setup, steps, text="steps"):
         if config.get("fisher") == "sampled":
             optimizer.sample_fisher(logits)
         loss.backward()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except FloatingPointError as error:
+            raise Diverged(f"training with {config['optim']} diverged in step {step}: {error}")
         if not (loss.isfinite() and all(p.isfinite().all() for p in net.parameters())):
             raise Diverged(f"training with {config['optim']} diverged in step {step}: try a "
                            "smaller --lr")
@@ -322,7 +325,7 @@ def stages(args, fractions=(1,)):
     net, optimizer = build(config, data)
     if 0 in fractions:
         yield "start", Setup(data, config, net, optimizer)
-    net.load_state_dict(saved["model"])
+    put_weights(net, saved, config)
     yield f"epoch {saved['epoch']}", Setup(data, config, net, optimizer)
 
 
@@ -334,13 +337,24 @@ def read_run(folder):
         config = dict(saved["config"], channels_last=False)
         if config["model"] not in CIFAR_MODELS or config["dataset"] not in datasets.STATISTICS:
             raise KeyError(config["model"])
-        return config, saved
+        for name in ("run", *RECIPES[config["optim"]]):       # what build() and a caption need
+            config[name]
+        return config, {name: saved[name] for name in ("epoch", "model")}
     except FileNotFoundError:
         raise UsageError(f"{folder} holds no checkpoint.pt: name a folder written by "
                          "train_cifar.py")
     except Exception as error:   # torch.load raises half a dozen kinds for a damaged file
         raise UsageError(f"{path} is damaged or not a checkpoint of train_cifar.py "
                          f"({type(error).__name__})")
+
+
+def put_weights(net, saved, config):
+    """Load a run's parameters into the network that build() made from its configuration."""
+    try:
+        net.load_state_dict(saved["model"])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise UsageError(f"the checkpoint does not fit this version of {config['model']}: "
+                         f"{str(error).splitlines()[0]} Train the run anew")
 
 
 def sample(data, args):
@@ -370,7 +384,7 @@ def second_moments(net, batches, names):
     sums = {name: [0, 0, 0] for name in names}       # Σ [a; 1][a; 1]ᵀ and Σ p pᵀ, packed; rows
 
     def record(name, module, args, output):
-        total, rows = input_moment(module, args[0].double(), output)
+        total, rows = input_moment(module, args[0].detach().double(), output)
         sums[name][0] = sums[name][0] + total
         sums[name][2] += rows
         # a Linear's output on more than two dimensions is a view
@@ -568,7 +582,7 @@ def read_curves(folders):
                         for row in csv.DictReader(file)]
             seconds = list(itertools.accumulate(row[0] for row in rows))
             curves.append([(i + 1, seconds[i], *row[1:]) for i, row in enumerate(rows)])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, csv.Error):
             rows = []
         if not rows:
             raise UsageError(f"{log} is not a log of train_cifar.py: it lacks a number in one of "
@@ -618,8 +632,10 @@ def publish(args, setup, when, caption, columns, rows, shown, size, draw):
     if setup is not None:
         config = setup.config
         name = "-".join([name, config["model"], config["optim"], config["dataset"]])
+        seeds = config["run"] if isinstance(config["run"], list) else [config["run"]]
+        seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         caption = f"{caption.rstrip('.')} ({config['model']} on {config['dataset']}, " \
-            f"{config['optim']}, {when}, seed {config['run']})."
+            f"{config['optim']}, {when}, {seeds})."
     if args.note:
         caption = f"{caption.rstrip('.')} ({args.note})."
     write_csv(folder / f"{name}.csv", caption, args, columns, rows)
@@ -859,7 +875,8 @@ def convergence(args):
     the first --samples images, J their Jacobian by the weights of all Linear and Conv2d layers, B
     a method's multiplier at its published damping. Steps along −B Jᵀ(u − y) change u by J B Jᵀ, so
     the slowest component shrinks by 1 − c per step of size 1/λ_max, with the factor
-    c = λ_min(J B Jᵀ)/λ_max(J B Jᵀ). J B Jᵀ is a sum over layers.
+    c = λ_min(J B Jᵀ)/λ_max(J B Jᵀ). J B Jᵀ is a sum over layers. An attention block's qkv counts as
+    one Linear for all methods, MAC too, which would take the value projection by attended tokens.
     """
     rows, setup = [], set_up(args)
     (x, y), = sample(setup.data, argparse.Namespace(images=args.samples, batch_size=args.samples))
@@ -1110,7 +1127,7 @@ def trained_paths(args):
 
 def run_ends(args):
     """{run: [(0, its start), (epoch, its end)]}, and a Setup for the surface."""
-    paths, common = [], None
+    paths, seeds, common = [], [], None
     for folder in args.runs:
         config, saved = read_run(folder)
         what = config["model"], config["dataset"]
@@ -1121,27 +1138,31 @@ def run_ends(args):
                              f"{' on '.join(common)}: one surface takes one network and data set")
         net, optimizer = build(config, data)
         start = flat(net)
-        net.load_state_dict(saved["model"])
+        put_weights(net, saved, config)
         paths.append([(0, start), (saved["epoch"], flat(net))])
-    setup = Setup(data, config | dict(optim="runs"), net, optimizer)
+        seeds += [config["run"]] * (config["run"] not in seeds)
+    setup = Setup(data, config | dict(optim="runs", run=seeds), net, optimizer)
     return dict(zip(labels(args.runs), paths)), setup
 
 
 def nystrom(args):
     """What NysAct's sketch holds of each layer, after training with its published settings.
 
-    λ₁ is the largest eigenvalue of the covariance A that was averaged, λ̂₁ that of the sketch Â;
-    the smallest eigenvalue of the preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁),
-    where 1 would be plain SGD; and the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A,
-    beside that of A + ρI in brackets.
+    λ₁ is the largest eigenvalue of the covariance A that was averaged until the sketch Â in use
+    after --steps was renewed, as every --tinv steps; λ̂₁ that of Â; the smallest eigenvalue of the
+    preconditioner ρ(Â + ρI)⁻¹ stands beside the true ρ/(ρ + λ₁), where 1 would be plain SGD; and
+    the condition number of (Â + ρI)⁻¹(A + ρI), 1 if Â were A, beside that of A + ρI in brackets.
     """
     setup = set_up(args)
-    ρ, rank, sketch = (setup.config[name] for name in ("damping", "rank", "sketch"))
-    # one step more than asked for: what is applied is refreshed at the beginning of every 50th
+    ρ, rank, sketch, tinv = (setup.config[name] for name in ("damping", "rank", "sketch", "tinv"))
+    when = f"{args.steps} steps"
+    if args.steps % tinv:
+        when += f", sketches of step {args.steps // tinv * tinv}"
+    # one step more than asked for: what is applied is renewed at the beginning of a step
     averages, loss = train_and_watch(setup, args.steps + 1)
     rows = [sketch_row(layer, averages[layer.weight], setup.optimizer.state[layer.weight], ρ)
             for layer in setup.optimizer.layers.values()]
-    print(f"{setup.config['model']} on {args.dataset} after {args.steps} steps, rank {rank} "
+    print(f"{setup.config['model']} on {args.dataset} after {when}, rank {rank} "
           f"{sketch}, ρ = {ρ:g}, loss {loss:.3f}, torch {torch.__version__}\n"
           "layer                  d      λ₁       λ̂₁   smallest eigenvalue     true   "
           "condition number")
@@ -1160,7 +1181,7 @@ def nystrom(args):
                  (seen, "x", "λ̂₁ of the sketch"))
         by_layer(right, names, "condition number", (plain, "o", "A + ρI"),
                  (condition, "x", "(Â + ρI)⁻¹(A + ρI)"))
-    publish(args, setup, f"{args.steps} steps", f"""What a rank-{rank} {sketch} sketch Â holds of
+    publish(args, setup, when, f"""What a rank-{rank} {sketch} sketch Â holds of
         each layer's input covariance A, and what its inverse leaves to do.""",
             ("layer", "d", "lambda_1", "sketch_lambda_1", "smallest_eigenvalue", "true_smallest",
              "condition", "condition_plain"), rows, [], (10, 4.5), draw)
@@ -1183,7 +1204,7 @@ def sketch_row(layer, A, state, ρ):
 
 
 def train_and_watch(setup, steps):
-    """Train; returns {weight: the average of A that the optimizer's sketch is of}, last loss."""
+    """Train; returns {weight: the average of A that the sketch in use was taken of}, last loss."""
     optimizer, averages = setup.optimizer, {}
     group = optimizer.param_groups[0]
 
@@ -1198,8 +1219,10 @@ def train_and_watch(setup, steps):
             averages[module.weight] = old, k + 1
     for module in layers_of(setup.net).values():
         module.register_forward_hook(watch)
-    *_, (_, loss) = training(setup, steps)
-    return {weight: A for weight, (A, _) in averages.items()}, loss
+    for step, loss in training(setup, steps):
+        if (step - 1) % group["tinv"] == 0:              # this step renewed the sketches
+            sketched = {weight: A.clone() for weight, (A, _) in averages.items()}
+    return sketched, loss
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1241,6 +1264,7 @@ def parse(argv):
         add_flags(figure, defaults)
     argv = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
     args = parser.parse_args(argv, argparse.Namespace(argv=argv, optim="nysact"))   # of nystrom
+    check_runs(args)
     if args.optim == "sgd" and args.lr is None:
         args.lr = FIGURES[args.figure][1].get("lr")
     several = args.optim if isinstance(args.optim, list) else [args.optim]
@@ -1249,6 +1273,18 @@ def parse(argv):
                 not any(name in RECIPES[optim] for optim in several):
             raise UsageError(f"--{name} has no use in {', '.join(several)}")
     return args
+
+
+def check_runs(args):
+    """Refuse flags of the training where finished runs are looked at, whose own hold."""
+    if getattr(args, "from_run", None) is None and not getattr(args, "runs", None):
+        return
+    given = {word.partition("=")[0] for word in args.argv}
+    settled = ["dataset", "run", "model", "optim", "steps", *itertools.chain(*RECIPES.values())]
+    for name in settled:
+        if f"--{name}" in given:
+            raise UsageError(f"--{name} has no use here, where nothing is trained: leave it out, "
+                             "and the run's own value holds")
 
 
 def add_flags(figure, defaults):
@@ -1261,9 +1297,9 @@ def add_flags(figure, defaults):
             figure.add_argument(f"--{name}", default=defaults[name], help=help if shown is None
                                 else f"{help} (default {shown})", **kwargs)
     if "runs" in defaults:
-        figure.add_argument("runs", nargs=defaults["runs"], metavar="RUN",
+        figure.add_argument("runs", type=user_path, nargs=defaults["runs"], metavar="RUN",
                             help="folder that train_cifar.py wrote")
-    figure.add_argument("--output_dir", default="figures", metavar="DIR",
+    figure.add_argument("--output_dir", type=user_path, default="figures", metavar="DIR",
                         help="folder of the csv and the PNG, which replace older ones of the same "
                         "name (default %(default)s)")
     figure.add_argument("--note", default="", metavar="TEXT",
@@ -1272,8 +1308,9 @@ def add_flags(figure, defaults):
         return
     figure.add_argument("--dataset", default="shapes", choices=list(datasets.STATISTICS),
                         help="default %(default)s, generated")
-    figure.add_argument("--data_dir", default="data", metavar="DIR", help="default %(default)s")
-    figure.add_argument("--run", type=COUNT_OR_ZERO, default=0, metavar="SEED",
+    figure.add_argument("--data_dir", type=user_path, default="data", metavar="DIR",
+                        help="default %(default)s")
+    figure.add_argument("--run", type=SEED, default=0, metavar="SEED",
                         help="seed of everything random (default %(default)s)")
     flag("model", "%(choices)s", choices=list(CIFAR_MODELS), metavar="NAME")
     flag("optim", "what trains; of %(choices)s", choices=list(RECIPES), metavar="NAME")
@@ -1284,7 +1321,7 @@ def add_flags(figure, defaults):
     flag("layer", "layer by its name in the network; an unknown name lists all",
          nargs=defaults.get("layers", 1), metavar="NAME")
     flag("from_run", "take start and end of this run of train_cifar.py, and train nothing",
-         metavar="DIR")
+         type=user_path, metavar="DIR")
     flag("noise", "deviation of the noise off the diagonal, by the mean of the diagonal",
          type=POSITIVE, metavar="X")
     flag("grid", "points of the surface along each axis", metavar="N",
@@ -1301,6 +1338,7 @@ def add_flags(figure, defaults):
 
 def main(argv):
     """Run the command; its exit status."""
+    print_anything()
     try:
         args = parse(argv)
         try:

@@ -138,6 +138,15 @@ class DataError(Exception):
     """Something the user can put right. The message is for them: print it, exit with status 2."""
 
 
+def expand(path):
+    """The path as text, a home folder in place of ~ or ~user: a shell leaves those after a =."""
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise DataError(f"'{path}' begins with the home folder of a user who is not known here; "
+                        "write the path in full.")
+    return path
+
+
 class Data(NamedTuple):
     """A data set on the CPU."""
     train_images: torch.Tensor  # (N, C, H, W) uint8
@@ -161,7 +170,7 @@ def load(name, data_dir="data", train_size=None, download=True):
         raise DataError(f"no data set is called '{name}'; choose from {', '.join(STATISTICS)}.")
     if train_size is not None and train_size < 1:
         raise DataError(f"train_size is {train_size}, but must be at least 1.")
-    data_dir = Path(data_dir).expanduser()
+    data_dir = Path(expand(data_dir))
     try:
         if data_dir.is_file():
             raise DataError(f"{data_dir} is a file; give the folder that holds it as --data_dir.")
@@ -875,7 +884,7 @@ class PackedImages:
                 about = json.load(file)
             self.labels = np.load(os.path.join(folder, f"{split}.labels.npy"))
             shape = (about["count"], about["size"], about["size"], 3)
-            self.classes = about["classes"]
+            self.classes = list(about["classes"])
             images = np.load(self.file, mmap_mode="r")
         except FileNotFoundError as error:
             raise DataError(f"{error.filename} is missing: the packing of {split} in {folder} is "
@@ -883,7 +892,8 @@ class PackedImages:
         except (ValueError, KeyError, TypeError, EOFError) as error:  # numpy's for short files
             raise DataError(f"the packing of {split} in {folder} is damaged or truncated "
                             f"({error}); {again}.") from error
-        if images.shape != shape or images.dtype != np.uint8 or self.labels.shape != shape[:1]:
+        if images.shape != shape or images.dtype != np.uint8 or self.labels.shape != shape[:1] \
+                or self.labels.dtype != np.int64:
             raise DataError(f"{self.file}, its labels and {split}.packed.json do not belong "
                             f"together; {again}.")
         check_labels(self.labels, len(self.classes), os.path.join(folder, f"{split}.labels.npy"))
@@ -976,7 +986,7 @@ def open_images(root, split, classes=None):
     Returns an object with `classes` (names), `labels` ((N,) int64 array), `len()`, `read(i)` (a
     PIL image or an (H, W, 3) uint8 array), `kind` and `where` (text). Raises DataError.
     """
-    root = os.path.expanduser(os.fspath(root))
+    root = expand(root)
     synonyms = next((names for names in SPLITS.values() if split in names), ())
     try:
         if not os.path.isdir(root):
@@ -1045,6 +1055,7 @@ def random_crop(height, width, scale, ratio, rng):
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    w, h = max(w, 1), max(h, 1)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -1550,7 +1561,7 @@ def pack(src, dst, size, workers=0):
     What lies beyond the square is lost to training, and evaluation scales twice: accuracies to
     compare with published ones are measured on the files.
     """
-    src, dst = os.path.abspath(os.path.expanduser(src)), os.path.expanduser(dst)
+    src, dst = os.path.abspath(expand(src)), expand(dst)
     train = open_images(src, "train")
     sources = {"train": train, "val": open_images(src, "val", train.classes)}
     todo = {}
@@ -1742,12 +1753,12 @@ def load_text(name, data_dir="data", train_file=None, valid_file=None, train_siz
     """
     try:
         if name == "wikitext2":
-            text = load_wikitext(Path(data_dir).expanduser(), train_file or WIKITEXT[0],
+            text = load_wikitext(Path(expand(data_dir)), train_file or WIKITEXT[0],
                                  valid_file or WIKITEXT[1], download)
         elif name == "grammar":
             text = split_characters(write_grammar(), f"generated, seed {GRAMMAR_SEED}")
         else:
-            path = Path(name).expanduser()
+            path = Path(expand(name))
             text = split_characters(decode(path.read_bytes(), path), str(path))
     except OSError as error:
         raise DataError(f"cannot use {error.filename or name}: {error.strerror or error}. Give "

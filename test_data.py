@@ -422,6 +422,21 @@ def test_data_fashion():
         data_error(lambda: data.load("fashion_mnist", path), "does not fit")
 
 
+def test_data_home():
+    """~ is the home folder wherever a path is taken; an unknown user's is refused."""
+    with folder() as home, mock.patch.dict(os.environ, HOME=str(home), USERPROFILE=str(home)):
+        put(home, text=b"ab" * 9, file=b"")
+        assert len(data.load_text("~/text").train) == 16
+        for call in (lambda path: data.load("cifar10", path, download=False),
+                     lambda path: data.load_text("wikitext2", path, download=False),
+                     lambda path: data.open_images(path, "train"),
+                     lambda path: data.pack(path, home, 8)):
+            data_error(lambda: call("~/file"), home / "file")
+            data_error(lambda: call("~who?/x"), "~who?/x", "in full")
+        data_error(lambda: data.load_text("~who?/text"), "~who?/text", "in full")
+        data_error(lambda: data.pack(home, "~who?/x", 8), "~who?/x", "in full")
+
+
 def test_data_command_line():
     """`python data.py`: exit status 2 with a sentence; Ctrl-C keeps what has arrived."""
     script = Path(data.__file__)
@@ -595,6 +610,7 @@ def test_images_crop():
     assert data.random_crop(33, 500, (1, 1), (3 / 4, 4 / 3), rng) == (0, 228, 33, 44)
     assert data.random_crop(500, 33, (1, 1), (3 / 4, 4 / 3), rng) == (228, 0, 44, 33)
     assert data.random_crop(1, 1, (0.08, 1), (3 / 4, 4 / 3), rng) == (0, 0, 1, 1)
+    assert data.random_crop(8, 8, (1, 1), (50, 90), rng) == (3, 0, 1, 8)     # not of no height
 
 
 def filtered(image, size, interpolation):
@@ -1147,6 +1163,20 @@ def test_images_pack():
         bad = run(files, path / "other", "--size", 24)
         assert bad.returncode == 2 and "bad.png" in bad.stderr and bad.stderr.count("\n") == 1, bad
         assert not (path / "other" / "train.packed.json").exists()
+
+
+def test_images_foreign_packing():
+    """Files of the right names that hold other things than data.py writes."""
+    with folder() as path:
+        about = dict(count=9, size=4, classes=["cat", "dog"])
+        data.write_packed(path, "train", data.dummy_images(9, 4, 2), about, 0)
+        labels = np.load(path / "train.labels.npy")
+        assert data.open_images(path, "train").labels.dtype == labels.dtype == np.int64
+        for wrong in (labels / 4, labels.astype(str)):
+            np.save(path / "train.labels.npy", wrong)
+            data_error(lambda: data.open_images(path, "train"), "belong together", "data.py pack")
+        (path / "train.packed.json").write_text('{"count": 9, "size": 4, "classes": 2}')
+        data_error(lambda: data.open_images(path, "train"), "damaged", "data.py pack")
 
 
 def test_images_rates():

@@ -1,6 +1,6 @@
 """train_imagenet.py: its flags, its arithmetic, its ranks, and as a user runs it with torchrun.
 
-    python test_imagenet.py       # two minutes of CPU time for two cores; no data, no network
+    python test_imagenet.py       # 80 seconds of CPU time for two cores; no data, no network
 
 Images are random and tiny, so accuracies mean nothing. What takes several ranks runs in three
 processes that are started once; only a few checks pay for torchrun.
@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -30,6 +31,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from tqdm import tqdm
 
 import data as datasets
 import models
@@ -83,11 +85,10 @@ def main(argv, status=0):
     return out.getvalue(), err.getvalue()
 
 
-def start(cwd, argv, ranks=0):
-    """The script as a process, by torchrun if there are ranks."""
-    command = [sys.executable, *(f"-m torch.distributed.run --nproc_per_node={ranks} --master_port="
-                                 f"{free_port()}".split() if ranks else ()),
-               str(HERE / "train_imagenet.py"), *shlex.split(argv)]
+def start(cwd, argv):
+    """The script as two processes, by torchrun."""
+    command = [sys.executable, *"-m torch.distributed.run --nproc_per_node=2 --master_port".split(),
+               str(free_ports(1)[0]), str(HERE / "train_imagenet.py"), *shlex.split(argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, encoding="utf-8",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -101,10 +102,13 @@ def finish(process, status=0):
     return out, err
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports(count):
+    """Different ones: a port that was given back can be the next one that is given out."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
 
 
 def read_log(folder):
@@ -200,7 +204,7 @@ def test_aliases():
         assert all(p == parsed[0] for p in parsed), group
         changed = {name for name in default if parsed[0][name] != default[name]}
         assert len(changed) == (0 if "pin" in group else 1), (group, changed)
-    for a, b in (("--ra-sampler --ra-reps 4", "--aug-repeats 4"), 
+    for a, b in (("--ra-sampler --ra-reps 4", "--aug-repeats 4"),
                  ("--ra-sampler", "--aug-repeats 3"), ("--ra-reps 4", "--aug-repeats 0"),
                  ("--input-size 3 160 160", "--img-size 160")):
         deit = "--model deit_tiny_patch16_224 "
@@ -218,6 +222,8 @@ def test_wrong_commands():
         "--learning-rate 1": "--learning_rate", "--mix 0.2": "--mix", "--sketch x": "subcolumns",
         "--epochs 1": "--data_dir", "--data-path /nowhere": "/nowhere", "--resume FILE": "FILE",
         "--dummy 8 --warmup-lr 1 --warmup-decay 0.5": "--warmup_lr",
+        dummy + "--crop-pct 1e-320": "--crop_pct", dummy + "--val-resize-size 99999": "16384",
+        dummy + "--ratio 1e-320 1": "--ratio", dummy + "--accum 99999999999999999999": "10^15",
         "--dummy 8 --input-size 1 28 28": "3 N N", "--dummy 8 --amp-dtype float16": "--amp",
         dummy + "--mixup 1 -b 3": "even number", dummy + "--val-crop-size 32": "--val_crop_size",
         dummy + "--sync-bn": "--sync_bn", dummy + "-b 16": "batch",
@@ -241,6 +247,8 @@ def test_wrong_commands():
             _, err = main(f"{command} --output-dir {tmp / 'run'}", status=2)
             assert word in err and len(err.splitlines()) == 1, (command, err)
         assert not (tmp / "run").exists()
+        _, err = main(f"{dummy} --dummy 1000000000000000 --output-dir {tmp / 'run'}", status=1)
+        assert "Unable to allocate" in err and len(err.splitlines()) == 1, err
         _, err = main(dummy + f"--rank 3 --opt sgd --epochs 1 --output-dir {tmp / 'run'}")
         assert err.startswith("note: no use for --rank"), err
     print(f"    {len(wrong)} commands")
@@ -344,10 +352,10 @@ def test_accumulation():
     """Micro-batches equal one batch, be they of one size or not."""
     with folder() as tmp:
         for optim in ("mac", "kfac", "adafisher"):
-            runs = []
+            runs, lr = [], 0.001 if optim == "adafisher" else 0.02       # AdaFisher's own is small
             for flags in "-b 4 --accum 3", "-b 12":
                 place = tmp / optim / flags[3]
-                main(f"{SMALL} {flags} --opt {optim} --lr 0.02 --output-dir {place}")
+                main(f"{SMALL} {flags} --opt {optim} --lr {lr} --output-dir {place}")
                 runs.append(moved(place))
             close_all(f"{optim}: six steps of 3×4 images as of 12", *runs, 1e-4)
     x, labels = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8), torch.randint(1000, (12,))
@@ -435,9 +443,13 @@ def test_used_folder():
         out, _ = main(f"{SMALL} -b 6 --accum 2 --epochs 1 --resume --output-dir {tmp}")
         assert "resumed after epoch 1 of 1" in out and record(out)["epoch"] == 1
         assert (tmp / "checkpoint.pt").read_bytes() == before and read_log(tmp) == log
-        (tmp / "checkpoint.pt").write_bytes(before[:len(before) // 2])
-        _, err = main(f"{SMALL} -b 12 --epochs 1 --resume --output-dir {tmp}", status=2)
-        assert "damaged" in err and len(err.splitlines()) == 1, err
+        torch.save(dict(checkpoint(tmp), config="none"), tmp / "foreign")
+        for content in (before[:len(before) // 2], (tmp / "foreign").read_bytes()):
+            (tmp / "checkpoint.pt").write_bytes(content)
+            _, err = main(f"{SMALL} -b 12 --epochs 1 --resume --output-dir {tmp}", status=2)
+            assert "damaged" in err and len(err.splitlines()) == 1, err
+        _, err = main(f"{SMALL} -b 12 --output-dir {tmp}/foreign/x", status=2)
+        assert "foreign is a file: name another" in err and len(err.splitlines()) == 1, err
 
 
 def test_killed_worker():
@@ -487,7 +499,7 @@ def test_stop_anywhere():
             main(f"{flags} --opt {optim} --output-dir {tmp}/{name}")
             for step in (1, 3, 5):             # the third is the last one of an epoch
                 argv = f"{flags} --opt {optim} --output-dir {tmp}/{name}-{step}"
-                stopped = watch(argv, sigterm=step)
+                stopped = watch(argv, step)
                 where = f"epoch {1 + step // 4} after step {1 + (step - 1) % 3}"
                 assert stopped["status"] == 143 and where in stopped["err"], stopped
                 main(f"{argv} --resume")
@@ -506,7 +518,7 @@ PUBLISHED = ("--dummy 256 --epochs 1 --batch-size 64 --train-crop-size 32 --devi
              "--workers 0 --output-dir outputs")
 # For processes that do not know the networks of the tests.
 DEIT = SMALL.replace("deit_test", "deit_tiny_patch16_224") + (
-    " -b 4 --dummy 64 --print-freq 1 --mixup 0.2 --model-ema")
+    " -b 4 --dummy 48 --print-freq 1 --mixup 0.2 --model-ema")
 PATIENCE = datetime.timedelta(seconds=60)
 EVAL = "--model resnet_test --train-crop-size 32 --val-resize-size 32 --val-crop-size 32 --epochs 1"
 
@@ -547,6 +559,8 @@ def jobs():
     todo["differing"] = (2, own, None)                          # of 8 and 10 images
     if importlib.util.find_spec("PIL") is not None:
         todo["published"] = (2, f"{DEIT_LINE} {PUBLISHED}", None)
+        todo["resnet50"] = (2, f"{RESNET_LINE} {PUBLISHED} --val-resize-size 36 --val-crop-size 32",
+                            None)
         todo["unreadable"] = (2, f"{own.replace('RANK', 'bad')} --test-only --pretrained bad.pt",
                               None)
     return todo
@@ -588,10 +602,10 @@ def one_rank(rank, world, root):
     torch.save(seen, f"{rank}.pt")
 
 
-def watch(argv, sigterm=None):
+def watch(argv, last=None, number=signal.SIGTERM):
     """Run main(): its status, a digest of all state at each checkpoint, collectives per step.
 
-    sigterm: the step, counted from 1, in which this process gets a SIGTERM.
+    last: the step, counted from 1, at whose end this process gets the signal of this number.
     """
     digests, collectives, steps = [], [], []
     save, step = train_imagenet.save_checkpoint, train_imagenet.train_step
@@ -615,8 +629,8 @@ def watch(argv, sigterm=None):
         collectives.append(0)
         steps.append(run.optimizer)
         result = step(run, *args)
-        if sigterm == len(steps):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if last == len(steps):
+            os.kill(os.getpid(), number)
         return result
 
     def reducing(tensor, *args, **kwargs):
@@ -635,18 +649,25 @@ def watch(argv, sigterm=None):
                 out=out.getvalue(), err=err.getvalue())
 
 
+def context():
+    """How the tests start processes: from one that has imported this file, where that is possible,
+    since importing torch takes longer than most of what they do."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["test_imagenet"])
+    return server
+
+
 @functools.lru_cache
 def ranks():
     """(what each rank saw, the folder with all runs)"""
     if not dist.is_available() or not dist.is_gloo_available():
         skip("this torch has no gloo")
-    method = "spawn"
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        method = "forkserver"
-        multiprocessing.get_context(method).set_forkserver_preload(["test_imagenet"])
+    method = context().get_start_method()
     root = tempfile.TemporaryDirectory()
     own_data(Path(root.name))
-    Path(root.name, "ports").write_text(" ".join(str(free_port()) for _ in jobs()))
+    Path(root.name, "ports").write_text(" ".join(map(str, free_ports(len(jobs())))))
     multiprocessing.start_processes(one_rank, (3, root.name), 3, start_method=method)
     seen = [torch.load(Path(root.name, f"{rank}.pt")) for rank in range(3)]
     for name in jobs():
@@ -766,21 +787,18 @@ def test_other_number_of_ranks():
 # ---------------------------------------------------------------------------------------------
 
 def test_published_lines_run():
-    """Both lines on two ranks, ResNet's by torchrun, and DeiT's also on one."""
+    """Both lines on two ranks, and DeiT's also on one."""
     if importlib.util.find_spec("PIL") is None:
         skip("the policies of both lines need Pillow")
-    seen, *_ = ranks()
-    result = record(seen[0]["published"]["out"])
-    assert result["output_dir"] == "published" and result["processes"] == 2
-    with folder() as tmp:
-        begin = time.perf_counter()
-        small_test = "--val-resize-size 36 --val-crop-size 32 --workers 1"
-        out, _ = finish(start(tmp, f"{RESNET_LINE} {PUBLISHED} {small_test}", 2))
+    seen, root, _ = ranks()
+    for name, model in (("published", "deit_small_patch16_224"), ("resnet50", "resnet50")):
+        out = seen[0][name]["out"]
         result = record(out)
-        assert result["model"] == "resnet50" and result["processes"] == 2
-        assert math.isfinite(result["ema_loss"]) and (tmp / "outputs" / "log.csv").exists()
+        assert result["output_dir"] == name and result["processes"] == 2
+        assert result["model"] == model and (root / name / "log.csv").exists()
         assert len(out.splitlines()) < 60 and out.count("training images") == 1, out
-        print(f"    ResNet-50 {time.perf_counter() - begin:.0f} s")
+    assert math.isfinite(result["ema_loss"])
+    with folder() as tmp:
         alone = f"--model deit_test --img-size 16 --output-dir {tmp}/one"
         out, _ = main(f"{DEIT_LINE} {PUBLISHED} {alone}")
         assert record(out)["processes"] == 1
@@ -792,7 +810,7 @@ def test_torchrun_and_sigterm():
     """SIGTERM to torchrun, then --resume: the log of an uninterrupted run, bit for bit."""
     _, root, _ = ranks()
     with folder() as tmp:
-        process = start(tmp, f"{DEIT} --output-dir run", 2)
+        process = start(tmp, f"{DEIT} --workers 1 --output-dir run")
         while "step 2/" not in process.stdout.readline():
             assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGTERM)
@@ -800,50 +818,61 @@ def test_torchrun_and_sigterm():
         assert err.count("stopped in epoch") == 1, err
         saved = checkpoint(tmp / "run")
         assert saved["partial"][0] >= 2 or saved["epoch"], saved["partial"]
-        finish(start(tmp, f"{DEIT} --output-dir run --resume", 2))
+        out, _ = finish(start(tmp, f"{DEIT} --workers 1 --output-dir run --resume"))
+        assert record(out)["processes"] == 2 and out.count("training images") == 1, out
         assert read_log(tmp / "run") == read_log(root / "deit")
         print(f"    stopped in epoch {saved['epoch'] + 1} after step {saved['partial'][0]}")
 
 
+def killed(argv, last):
+    """watch() until kill -9, which would leave a lock behind that tqdm shares among processes."""
+    tqdm.set_lock(threading.RLock())
+    watch(argv, last, signal.SIGKILL)
+
+
 def test_kill_and_resume():
     """kill -9 in mid-epoch, then --resume: the log of an uninterrupted run, bit for bit."""
-    flags = f"{DEIT} --dummy 16 --workers 1 --output-dir"
+    flags = f"{SMALL} -b 4 --dummy 16 --mixup 0.2 --model-ema"
     with folder() as tmp:
-        process = start(tmp, f"{flags} killed")
-        while not process.stdout.readline().startswith("epoch 2/2  step 2/"):
-            assert process.poll() is None, process.communicate()
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        argv = f"{flags} --output-dir {tmp}/killed"
+        process = context().Process(target=killed, args=(argv, 6))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
         assert checkpoint(tmp / "killed")["epoch"] == 1
-        out, _ = main(f"{flags} {tmp}/killed --resume")
+        out, _ = main(f"{argv} --workers 1 --resume")
         assert "resumed after epoch 1 of 2" in out
-        main(f"{flags} {tmp}/straight")
+        main(f"{flags} --workers 1 --output-dir {tmp}/straight")
         assert read_log(tmp / "killed") == read_log(tmp / "straight")
 
 
 def test_interrupt():
     """Ctrl-C: status 130, one line, and a checkpoint of this very step."""
     with folder() as tmp:
-        process = start(tmp, f"{DEIT} --dummy 400 --workers 2 --output-dir run")
-        while not process.stdout.readline().startswith("epoch 1/2  step 3/"):
-            assert process.poll() is None, process.communicate()
-        process.send_signal(signal.SIGINT)
-        _, err = finish(process, 130)
-        assert err.strip().count("\n") == 0 and "--resume" in err, err
-        assert checkpoint(tmp / "run")["partial"][0] >= 3
+        seen = watch(f"{SMALL} -b 4 --workers 2 --output-dir {tmp}", 3, signal.SIGINT)
+        assert seen["status"] == 130 and seen["err"].strip().count("\n") == 0, seen
+        assert "after step 3" in seen["err"] and "--resume" in seen["err"], seen
+        assert checkpoint(tmp)["partial"][0] == 3
 
 
 def test_smoke_and_help():
+    here = os.getcwd()
     with folder() as tmp:
-        process = start(tmp, "--help")
-        begin = time.perf_counter()
-        out, _ = main("--smoke")
-        assert out.startswith("smoke test passed: sgd adamw mac nysact"), out
-        print(f"    {time.perf_counter() - begin:.0f} s")
-        text, _ = finish(process)
-        assert all(f"--{name}" in text for name in vars(train_imagenet.parse([])))
-        assert "1.0 | 3.0 for mac" in " ".join(text.split()) and not list(tmp.iterdir())
+        os.chdir(tmp)
+        try:
+            begin = time.perf_counter()
+            out, _ = main("--smoke")
+            print(f"    {time.perf_counter() - begin:.0f} s")
+            with contextlib.redirect_stdout(io.StringIO()) as text, \
+                    contextlib.suppress(SystemExit):
+                train_imagenet.main(["--help"])
+        finally:
+            os.chdir(here)
+        assert not list(tmp.iterdir())
+    assert out.startswith("smoke test passed: sgd adamw mac nysact"), out
+    text = text.getvalue()
+    assert all(f"--{name}" in text for name in vars(train_imagenet.parse([])))
+    assert "1.0 | 3.0 for mac" in " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -404,6 +406,15 @@ def test_parameter_groups():
     assert args.optim == ["adafisherw"] and published.items() <= config.items(), config
 
 
+def test_published_steps():
+    """The docstring's command on OpenWebText takes the 15,000 steps of MAC's nanoGPT."""
+    line = re.search(r"train_lm.py (--text openwebtext.+?)\n\n", train_lm.__doc__, re.DOTALL)[1]
+    args = train_lm.parse(shlex.split(line.replace("\\\n", " ")))
+    windows = data.num_windows(range(args.train_size), GPT_SIZES[args.model]["context"])
+    assert windows // args.batch_size * args.epoch == 15_000 and windows % args.batch_size == 0
+    assert 274_000_000 * 9 // 10 >= args.train_size and args.optim == ["mac"]
+
+
 def test_sample():
     """Tokens are drawn from the model's chances, one after another, in windows that it can take."""
     class Successor:
@@ -476,7 +487,10 @@ def test_resume():
             _, err = run(*argv, "--resume", *changed, status=2)
             assert word in err and len(err.splitlines()) == 1, err
         path = b / "checkpoint.pt"
-        path.write_bytes(path.read_bytes()[:-1000])
+        whole = path.read_bytes()
+        torch.save(dict(torch.load(path), config="none"), path)
+        assert str(path) in run(*argv, "--resume", status=2)[1]
+        path.write_bytes(whole[:-1000])
         assert str(path) in run(*argv, "--resume", status=2)[1]
 
 
@@ -556,7 +570,7 @@ def test_wrong_commands():
             "--context 300": "--context", "--schedule linear": "constant", "--run": "--run",
             f"--text {tmp}/none": "none", f"--text {tmp}/binary": "UTF-8",
             f"--text {tmp}/short --train_size 80 --valid_size 9": "--context",
-            f"--text {tmp}": str(tmp),
+            f"--text {tmp}": str(tmp), f"--output_dir {tmp}/short/x": "short is a file: name",
             "--optim sgd --momentum 0 --nesterov": "esterov",
             "--optim adamw sgd --momentum 0 --nesterov": "esterov",      # before adamw trains
             f"--dataset wikitext2 --data_dir {tmp} --train_file my.txt": "my.txt",

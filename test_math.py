@@ -25,6 +25,7 @@ import time
 import traceback
 import warnings
 import weakref
+from unittest import mock
 
 import numpy as np
 import torch
@@ -4766,6 +4767,8 @@ def test_analyze_second_moments():
                                    torch.tensor(data.std)).double()
     y = data.train_labels
     found = analyze.second_moments(net, list(zip(x.split(7), y.split(7))), ["0", "3"])
+    # matplotlib takes no tensor with a graph, and a graph would hold all activations
+    assert not any(M.requires_grad for moments in found.values() for M in moments[:3])
     a = F.pad(F.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1), (0, 1), value=1.0)
     hidden = net[:3](x)
     ps = [[], []]
@@ -5027,6 +5030,21 @@ def test_analyze_multiplier():
           [0.5 / (0.5 + ā @ ā), 1.0, 0.5 / (ā @ ā / 4)], 1e-12)
 
 
+def test_analyze_nystrom():
+    """After any number of steps the average is the one that the sketch in use was taken of."""
+    for steps in (1, 3, 4, 6, 8):                    # statistics in 0, 2, 4, 6, sketches in 0, 3, 6
+        setup = analyze_setup("nysact", analyze_net(), rank=30, tcov=2, tinv=3)
+        averages, loss = analyze.train_and_watch(setup, steps)
+        assert setup.optimizer.steps == steps and math.isfinite(loss)
+        exact, sketched = setup.net[0].weight, setup.net[3].weight
+        L, A = setup.optimizer.state[exact]["factor"][0].double(), averages[exact]
+        close(f"factor of A + ρI after {steps} steps", L @ L.mT - torch.eye(len(A)), A, 1e-5)
+        A, state = averages[sketched], setup.optimizer.state[sketched]
+        S = setup.optimizer.layers[sketched].sketch(A)[0].double()
+        close(f"Â after {steps} steps", state["eigenvalues"][0].sort().values,
+              nysact.nystrom(A @ S[None], S[None])[1][0].sort().values, 1e-4)
+
+
 def test_analyze_csv():
     """What a figure writes where matplotlib is missing: its numbers, caption and command."""
     with tempfile.TemporaryDirectory() as folder:
@@ -5045,6 +5063,26 @@ def test_analyze_csv():
     assert lines[0] == f"# {caption}" == "# Two numbers (hand-made)."
     assert lines[1].startswith("# python analyze.py curves 'a b' --output_dir"), lines[1]
     assert lines[2:] == [f"# torch {torch.__version__}", "x,y", "p,0.333333", "q,2"], lines
+
+
+def test_analyze_seeds():
+    """The caption of a surface names the seeds of all runs that are drawn on it."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(sys.modules, matplotlib=None), \
+            mock.patch.object(analyze.datasets, "load",
+                              lambda *_: analyze_data(n=20, size=32, classes=10)):
+        runs = [os.path.join(folder, name) for name in "abc"]
+        for run, seed in zip(runs, (3, 0, 0)):
+            config = analyze.RECIPES["sgd"] | dict(model="lenet5", dataset="shapes", optim="sgd",
+                                                   run=seed)
+            os.mkdir(run)
+            torch.save(dict(config=config, epoch=1, model=models.CIFAR_MODELS["lenet5"](
+                10).state_dict()), os.path.join(run, "checkpoint.pt"))
+        for some, seeds in ((runs, "seeds 3, 0"), (runs[1:], "seed 0")):
+            with contextlib.redirect_stdout(io.StringIO()) as said, \
+                    contextlib.redirect_stderr(io.StringIO()):
+                status = analyze.main(["landscape", *some, "--grid", "2", "--output_dir", folder])
+            assert status == 0 and f"{2 * len(some)} iterates, {seeds})" in " ".join(
+                said.getvalue().split()), said.getvalue()
 
 
 def test_analyze_refuses():
@@ -5069,11 +5107,33 @@ def test_analyze_refuses():
         runs = analyze.read_curves([os.path.join(folder, "a")])
         assert runs == {"a": [(1, 10.0, 2.5, 31.5), (2, 30.0, 1.5, 41.5)]}, runs
         raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
+        with open(os.path.join(folder, "b", "log.csv"), "w") as file:
+            file.write('"' + 200_000 * "x")                 # more than csv takes for a field
+        raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
+        config = analyze.RECIPES["sgd"] | dict(model="lenet5", dataset="shapes", optim="sgd", run=0)
+        for name in ("lr", "run"):
+            older = {key: value for key, value in config.items() if key != name}
+            torch.save(dict(config=older, epoch=1, model={}), os.path.join(folder, "checkpoint.pt"))
+            raises(analyze.UsageError, ("not a checkpoint",), lambda: analyze.read_run(folder))
+        raises(analyze.UsageError, ("does not fit", "lenet5"),
+               lambda: analyze.put_weights(net, dict(model={}), config))
+    raises(analyze.Diverged, ("diverged in step 1", "raise damping"), lambda: list(
+        analyze.training(analyze_setup("foof", analyze_net(), damping=1e-30), 2)))
     for argv, words in ((["effect", "--rank", "3"], ("--rank has no use in mac",)),
                         (["curves", "x", "--steps", "3"], ("--steps",)),
-                        (["spectrum"], ("spectrum",)), ([], ("FIGURE",))):
+                        (["spectrum"], ("spectrum",)), ([], ("FIGURE",)),
+                        (["mean", "--run", "2147483648"], ("--run", "2147483647")),
+                        (["mean", "--from_run", "x", "--model=lenet5"], ("--model", "own value")),
+                        (["perturb", "--from-run=x", "--dataset=shapes"], ("--dataset has no",)),
+                        (["spectra", "--rank", "3", "--from_run", "x"], ("--rank", "own value")),
+                        (["fourier", "--from_run", "x", "--lr=0.01"], ("--lr has no use",)),
+                        (["landscape", "x", "--optim", "sgd", "mac"], ("--optim", "own value")),
+                        (["landscape", "x", "y", "--run=0"], ("--run has no use",))):
         raises(analyze.UsageError, words, lambda: analyze.parse(argv))
     assert analyze.parse(["nystrom", "--output-dir", "x", "--rank", "3"]).output_dir == "x"
+    kept = "--images 3 --batch_size 2 --data_dir d --output_dir o --note n"
+    assert analyze.parse(f"spectra --from_run x --layer a b {kept}".split()).images == 3
+    assert analyze.parse(f"landscape x y --grid 2 {kept}".split()).grid == 2
     for flags, lr in (("mean", 0.01), ("mean --lr 0.1", 0.1), ("mean --optim mac", None),
                       ("effect --optim sgd", None)):
         assert analyze.parse(flags.split()).lr == lr, flags

@@ -20,7 +20,10 @@ from pathlib import Path
 
 import torch
 
+import analyze
 import train_cifar
+import train_imagenet
+import train_lm
 from test_math import run_tests, skip
 
 # A shell that starts this in the background lets it, and so its children, ignore Ctrl-C.
@@ -135,6 +138,8 @@ def test_wrong_commands():
         "--run -1": "--run", "--run": "--run", "--label-smoothing 1": "--label_smoothing",
         "--model resnet21": "resnet20", "--optim sgdd": "adamw", "--dataset mnist": "fashion_mnist",
         "--schedule linear": "multistep", "--sketch x": "subcolumns",
+        "--lr 1e300": "at most 1e30", "--weight_decay 1e300": "to 1e30", "--damping 1e300": "1e30",
+        f"--epoch 1{400 * '0'}": "10^15", f"--warmup 1{400 * '0'}": "10^15",
         "--learning_rate 1": "--learning_rate",
         "--dataset shapes --train_size 99999999": "99999999",
         "--optim sgd --momentum 0 --nesterov --dataset shapes --train_size 64": "esterov",
@@ -166,6 +171,37 @@ def test_flag_spelling():
     assert published.items() <= config.items(), config
     out, _ = run(HERE, "--help")
     assert all(f"--{name}" in out for name in vars(args))
+
+
+def test_plain_console():
+    """A console without a script's characters gets its manual all the same."""
+    for script, argv in ((train_cifar, []), (train_lm, []), (train_imagenet, []),
+                         (analyze, ["mean"])):
+        out = io.TextIOWrapper(io.BytesIO(), "ascii")
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            script.main([*argv, "--help"])
+        out.flush()
+        assert b"--output_dir DIR" in out.buffer.getvalue(), script
+
+
+def test_home_folders():
+    """In every script ~ is expanded where a shell leaves it, after =; unknown users are refused."""
+    scripts = {train_cifar: "--data_dir= --output_dir=",
+               train_lm: "--text= --data_dir= --output_dir=",
+               train_imagenet: "--data_dir= --pretrained= --output_dir=",
+               analyze: "mean,--from_run= mean,--data_dir= mean,--output_dir= curves,"}
+    for script, flags in scripts.items():
+        for *figure, flag in (text.split(",") for text in flags.split()):
+            name = flag.strip("-=") or "runs"
+            for path, want in (("~/x", str(Path.home() / "x")), ("a~/~b", "a~/~b")):
+                got = vars(script.parse([*figure, flag + path]))[name]
+                assert got in (want, [want]), (flag, got)
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err):
+                status = script.main([*figure, f"{flag}~who?/x"])
+            assert status == 2 and "'~who?/x'" in err.getvalue(), err.getvalue()
+            assert (flag.strip("=") or "RUN") in err.getvalue(), err.getvalue()
+            assert len(err.getvalue().splitlines()) == 1, err.getvalue()
 
 
 def test_learning_rate():
@@ -322,7 +358,10 @@ def test_damaged_checkpoint():
         run(tmp, *SMALL, "--epoch", 1, "--output_dir", "run")
         whole = path.read_bytes()
         middle = len(whole) // 2
+        foreign = io.BytesIO()
+        torch.save(dict(config="none", log=0), foreign)
         damaged = {"truncated": whole[:middle], "empty": b"", "no checkpoint": b"epoch,lr\n" * 99,
+                   "foreign": foreign.getvalue(),
                    "flipped": whole[:middle] + bytes(255 - b for b in whole[middle:middle + 64])
                    + whole[middle + 64:]}
         for name, content in damaged.items():
@@ -378,7 +417,8 @@ def test_used_folder():
         assert (tmp / "run" / "checkpoint.pt").stat().st_mtime_ns == before
         assert read_log(tmp / "run", ()) == log
         (tmp / "file").write_text("")
-        refused(tmp, *SMALL, "--output_dir", "file")
+        error = refused(tmp, *SMALL, "--output_dir", "file/x")
+        assert "since file is a file: name another" in error, error
 
 
 def test_interrupt():

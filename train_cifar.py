@@ -94,11 +94,20 @@ def number(kind, rule, words):
     return parse
 
 
-POSITIVE = number(float, lambda v: 0 < v < math.inf, "a positive number")
-NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+def user_path(text):
+    """An argparse type: a path, with ~ and ~user expanded."""
+    try:
+        return datasets.expand(text)
+    except datasets.DataError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip("."))
+
+
+# No setting makes sense beyond these limits, where float32 and int64 would overflow.
+POSITIVE = number(float, lambda v: 0 < v <= 1e30, "a positive number of at most 1e30")
+NOT_NEGATIVE = number(float, lambda v: 0 <= v <= 1e30, "a number from 0 to 1e30")
 FRACTION = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
-COUNT = number(int, lambda v: v >= 1, "a whole number of at least 1")
-COUNT_OR_ZERO = number(int, lambda v: v >= 0, "a whole number of at least 0")
+COUNT = number(int, lambda v: 1 <= v <= 10 ** 15, "a whole number from 1 to 10^15")
+COUNT_OR_ZERO = number(int, lambda v: 0 <= v <= 10 ** 15, "a whole number from 0 to 10^15")
 # What seeds are made into with epochs and ranks stays below the 2^64 that torch takes.
 SEED = number(int, lambda v: 0 <= v < 2 ** 31, "a whole number from 0 to 2147483647")
 
@@ -143,7 +152,7 @@ def add_run_flags(flag, group):
     flag(group, "dataset", default="cifar10",
          choices=("cifar10", "cifar100", "fashion_mnist", "shapes"),
          help="shapes is generated and needs no download")
-    flag(group, "data_dir", default="data", metavar="DIR",
+    flag(group, "data_dir", default="data", type=user_path, metavar="DIR",
          help="folder that holds the data, or receives them")
     flag(group, "train_size", type=COUNT, metavar="N", help="use the first N training images")
     flag(group, "model", default="resnet20", choices=list(CIFAR_MODELS), metavar="NAME",
@@ -213,7 +222,7 @@ def add_machine_flags(flag, group):
     flag(group, "amp", action="store_true", default=False, help="bfloat16 autocast")
     flag(group, "channels_last", action="store_true", default=False, help="NHWC memory format")
     flag(group, "compile", action="store_true", default=False, help="torch.compile the model")
-    flag(group, "output_dir", metavar="DIR",
+    flag(group, "output_dir", type=user_path, metavar="DIR",
          help="folder of the run, with a subfolder per optimizer and per seed where there are "
          "several; without: runs/DATASET-MODEL-OPTIM/SEED. Its log.csv gives accuracies in per "
          "cent, the seconds of the training pass, and peak_memory in MiB: of the GPU in this run, "
@@ -261,6 +270,18 @@ def check(args):
     return device
 
 
+def check_folder(folder, resume):
+    """Refuse a run's folder that cannot be made, or holds a run that is not to be continued."""
+    place = next((place for place in (folder, *folder.parents) if place.exists()), Path())
+    if not place.is_dir():
+        raise UsageError(f"{folder} cannot be the run's folder, since {place} is a file: name "
+                         "another one with --output_dir")
+    files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
+    if any(file.exists() for file in files) and not resume:
+        raise UsageError(f"{folder} already holds a run: add --resume to continue it, or name "
+                         "another folder with --output_dir")
+
+
 def run_folders(args):
     """The folder of each (optimizer, seed)."""
     folders = {}
@@ -270,10 +291,7 @@ def run_folders(args):
             if args.output_dir is not None:
                 folder = Path(args.output_dir, optim if len(args.optim) > 1 else "",
                               str(seed) if len(args.run) > 1 else "")
-            files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
-            if any(file.exists() for file in files) and not args.resume:
-                raise UsageError(f"{folder} already holds a run: add --resume to continue it, or "
-                                 "name another folder with --output_dir")
+            check_folder(folder, args.resume)
             folders[optim, seed] = folder
     return folders
 
@@ -515,7 +533,7 @@ def load_checkpoint(path, config, model, optimizer):
         if damaged:
             raise zipfile.BadZipFile(damaged)
         saved = torch.load(path, map_location="cpu")
-        old, rows = saved["config"], saved["log"]
+        old, rows = dict(saved["config"]), list(saved["log"])
     except Exception as error:   # torch.load raises half a dozen kinds for a damaged file
         raise UsageError(f"{path} cannot be read, it is damaged or not a checkpoint of this script "
                          f"({type(error).__name__}); move it away to start this run anew")
@@ -604,6 +622,12 @@ def smoke():
     return f"smoke test passed: {' '.join(names)}, {time.perf_counter() - start:.0f} s"
 
 
+def print_anything():
+    """Print what the console or the file has no characters for as \\u03bb, instead of failing."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def terminate(signum, frame):
     raise KeyboardInterrupt(signum)
 
@@ -611,6 +635,7 @@ def terminate(signum, frame):
 def main(argv):
     """Run the command; its exit status."""
     signal.signal(signal.SIGTERM, terminate)
+    print_anything()
     try:
         args = parse(argv)
         if args.smoke:

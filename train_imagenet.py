@@ -56,8 +56,9 @@ from tqdm import tqdm
 import data as datasets
 from models import IMAGENET_MODELS, load_pretrained
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
-                         Diverged, Parser, UsageError, describe, number, optimizer_class,
-                         peak_memory, state_bytes, write_file)
+                         Diverged, Parser, UsageError, check_folder, describe, number,
+                         optimizer_class, peak_memory, print_anything, state_bytes, user_path,
+                         write_file)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's pixels, for all models
 
@@ -122,6 +123,9 @@ MACHINE = ("batch_size", "accum", "world", "channels_last", "compile", "pretrain
 # ---------------------------------------------------------------------------------------------
 
 PROBABILITY = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+PIXELS = number(int, lambda v: 1 <= v <= 2 ** 14, "a whole number from 1 to 16384")
+SHARE = number(float, lambda v: 0.01 <= v <= 1, "a number from 0.01 to 1")
+RATIO = number(float, lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100")
 
 
 def truth(text):
@@ -177,7 +181,7 @@ def published(name):
 
 
 def add_run_flags(flag, group):
-    flag(group, "data_dir", "--data_path", metavar="DIR",
+    flag(group, "data_dir", "--data_path", type=user_path, metavar="DIR",
          help="folder that holds train/CLASS/* and val/CLASS/*, or what data.py pack has written")
     flag(group, "dummy", nargs="?", const=4096, type=COUNT, metavar="N",
          help="train on N random images of 1000 classes instead (without N: 4096), and test on a "
@@ -186,7 +190,7 @@ def add_run_flags(flag, group):
          help="train on N of the images, taken evenly from the sorted list and so from all classes")
     flag(group, "model", default="resnet50", choices=list(IMAGENET_MODELS), metavar="NAME",
          help="%(choices)s")
-    flag(group, "pretrained", metavar="FILE",
+    flag(group, "pretrained", type=user_path, metavar="FILE",
          help="begin with these weights: a checkpoint.pt, or torchvision's or timm's file")
     flag(group, "optim", "--opt", default="mac", choices=list(RECIPES["timm"]), metavar="NAME",
          help="%(choices)s")
@@ -287,15 +291,15 @@ def add_image_flags(flag, group):
     flag(group, "ra_reps", default=3, type=COUNT, metavar="N",
          help="how often an image comes in a row, on different ranks")
     flag(group, "aug_repeats", type=COUNT_OR_ZERO, metavar="N", help="both in one; 0 is off")
-    flag(group, "train_crop_size", "--img_size", default=224, type=COUNT, metavar="N",
+    flag(group, "train_crop_size", "--img_size", default=224, type=PIXELS, metavar="N",
          help="side of the training images in pixels")
-    flag(group, "input_size", type=COUNT, nargs=3, metavar=("C", "H", "W"),
+    flag(group, "input_size", type=PIXELS, nargs=3, metavar=("C", "H", "W"),
          help="the same in another form: 3 N N")
-    flag(group, "val_crop_size", type=COUNT, metavar="N",
+    flag(group, "val_crop_size", type=PIXELS, metavar="N",
          help="side of the test images (default 224 | that of the training images)")
-    flag(group, "val_resize_size", type=COUNT, metavar="N",
+    flag(group, "val_resize_size", type=PIXELS, metavar="N",
          help="shorter side before this crop (default 256 | by --crop_pct)")
-    flag(group, "crop_pct", type=POSITIVE, metavar="X",
+    flag(group, "crop_pct", type=SHARE, metavar="X",
          help="val_crop_size / val_resize_size, instead")
     flag(group, "interpolation", choices=("bilinear", "bicubic"), help="for test images")
     flag(group, "train_interpolation", choices=("bilinear", "bicubic", "random"),
@@ -306,7 +310,7 @@ def add_image_flags(flag, group):
          help="share of mirrored images")
     flag(group, "scale", default=[0.08, 1.0], nargs=2, type=PROBABILITY, metavar="X",
          help="least and largest share of an image's area in its crop")
-    flag(group, "ratio", default=[3 / 4, 4 / 3], nargs=2, type=POSITIVE, metavar="X",
+    flag(group, "ratio", default=[3 / 4, 4 / 3], nargs=2, type=RATIO, metavar="X",
          help="least and largest width / height of a crop")
 
 
@@ -328,7 +332,7 @@ def add_machine_flags(flag, group):
     flag(group, "pin_mem", default=True, switch=True, help="page-locked memory for copies to a GPU")
     flag(group, "print_freq", "--log_interval", default=50, type=COUNT, metavar="N",
          help="steps between two looks at the loss")
-    flag(group, "output_dir", "--output", metavar="DIR",
+    flag(group, "output_dir", "--output", type=user_path, metavar="DIR",
          help="folder of the run; without: runs/imagenet-MODEL-OPTIM/SEED. Its log.csv gives "
          "accuracies in per cent, the seconds of the training pass, data_wait, the share of it "
          "spent waiting for images, and peak_memory in MiB of the first GPU, or without one of the "
@@ -421,10 +425,7 @@ def tell(*words):
 def run_folder(args):
     folder = Path("runs", f"imagenet-{args.model}-{args.optim}", str(args.seed))
     folder = folder if args.output_dir is None else Path(args.output_dir)
-    files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
-    if any(file.exists() for file in files) and not args.resume and not args.test_only:
-        raise UsageError(f"{folder} already holds a run: add --resume to continue it, or name "
-                         "another folder with --output_dir")
+    check_folder(folder, args.resume or args.test_only)
     return folder
 
 
@@ -944,7 +945,7 @@ def read_checkpoint(path):
         saved = torch.load(path, map_location="cpu")
         for name in ("config", "log", "partial", "model", "ema", "optimizer", "scaler"):
             saved[name]
-        return saved
+        return dict(saved, config=dict(saved["config"]), log=list(saved["log"]))
     except Exception as error:   # torch.load raises half a dozen kinds for a damaged file
         raise UsageError(f"{path} cannot be read, it is damaged or not a checkpoint of this script "
                          f"({type(error).__name__}); move it away to start this run anew")
@@ -1151,7 +1152,7 @@ def smoke(stop):
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
         def go(folder, flags):
-            argv = ("--dummy 16 --train_crop_size 32 --val_crop_size 32 --val_resize_size 32 "
+            argv = ("--dummy 8 --train_crop_size 32 --val_crop_size 32 --val_resize_size 32 "
                     "--batch_size 4 --workers 0 --device cpu").split()
             argv += ["--output_dir", str(Path(root, folder)), *flags.split()]
             launch(parse(argv), argv, stop)
@@ -1180,6 +1181,7 @@ def main(argv):
     that the others cannot know of."""
     rank = int(os.environ.get("RANK", 0))
     stop = Stop()
+    print_anything()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     try:
@@ -1210,9 +1212,9 @@ def main(argv):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             time.sleep(10)
         return 1 if isinstance(error, Diverged) else 2
-    except (datasets.DataError, OSError, torch.OutOfMemoryError) as error:
+    except (datasets.DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"train_imagenet.py: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, torch.OutOfMemoryError) else 2
+        return 1 if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else 2
     except RuntimeError as error:
         if "RANK" not in os.environ or "onnection" not in str(error):
             raise
