@@ -2280,7 +2280,7 @@ def launches(make):
 
 @functools.partial(each_optimizer, without=("adafisher", "adafisherw"))
 def gradient_layouts(make):
-    """SGD is given gradients that lie in memory like their parameters: its fused kernel needs it."""
+    """SGD gets gradients that lie in memory as their parameters do: its fused kernel needs it."""
     def build(channels_last):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 6, 2, groups=6), nn.Tanh(),
