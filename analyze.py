@@ -384,7 +384,8 @@ def second_moments(net, batches, names):
     sums = {name: [0, 0, 0] for name in names}       # Σ [a; 1][a; 1]ᵀ and Σ p pᵀ, packed; rows
 
     def record(name, module, args, output):
-        total, rows = input_moment(module, args[0].detach().double(), output)
+        x = args[0].double()
+        (total, (rows,)), = kfac.linear_or_conv(module, {"x": x}, output, True, False)
         sums[name][0] = sums[name][0] + total
         sums[name][2] += rows
         # a Linear's output on more than two dimensions is a view
@@ -406,14 +407,6 @@ def second_moments(net, batches, names):
         A, P = (symmetric(M, n) / rows for M, n in ((A, weight[0].numel() + 1), (P, len(weight))))
         found[name] = Moments(A[:d, :d], P, A[-1, :d], rows / images)   # its last row is E[[a; 1]]
     return found
-
-
-def input_moment(module, x, output):
-    """Σ [a; 1][a; 1]ᵀ over a layer's input rows (groups = 1), packed, and their number."""
-    if isinstance(module, nn.Linear):
-        return kfac.input_gram(x, True), x.numel() // x.shape[-1]
-    rows, A = len(x) * output[0, 0].numel(), kfac.pack(kfac.patch_gram(x, module))
-    return kfac.bordered(A, kfac.patch_sum(kfac.image_sum(x), module), rows), rows
 
 
 def symmetric(packed, d):
@@ -1211,7 +1204,7 @@ def train_and_watch(setup, steps):
     def watch(module, args, output):
         if optimizer.steps % group["tcov"] == 0:
             x, n = args[0].detach(), module.weight[0].numel()
-            total, rows = input_moment(module, x, output)
+            (total, (rows,)), = kfac.linear_or_conv(module, {"x": x}, output, True, False)
             d = n + (module.bias is not None)
             A = symmetric(total, n + 1)[:d, :d].double() / rows
             old, k = averages.get(module.weight, (A, 0))

@@ -915,7 +915,7 @@ class MAC(torch.optim.SGD):
         lines, size = [], 0
         for layer, group in self.grouped():
             copies = 2 if layer.first or group["tcov"] % group["tinv"] else 1
-            n = copies * torch.Size(layer.shape).numel() * at_least_float32(layer.weight).itemsize
+            n = copies * layer.shape.numel() * at_least_float32(layer.weight).itemsize
             lines.append(f"  {layer.name}: {len(layer.weight)}×{layer.shape[-1]}, {layer.how}, "
                          f"{n:,} bytes")
             size += n

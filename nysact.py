@@ -740,7 +740,7 @@ class NysAct(torch.optim.SGD):
         lines, size = [], 0
         for layer, group in self.grouped():
             blocks, _, r = layer.shape
-            n = 2 * torch.Size(layer.shape).numel() + (0 if layer.exact else blocks * r)
+            n = 2 * layer.shape.numel() + (0 if layer.exact else blocks * r)
             n *= at_least_float32(layer.weight).itemsize
             lines.append(f"  {layer.name}: {len(layer.weight)}×{layer.shape[1]}, {layer.how}, "
                          f"{n:,} bytes")
