@@ -1,0 +1,478 @@
+"""What a model shows an optimizer: its weights, their uses, and sums over the rows of these.
+
+How a statistic comes about. A *layer* is a weight that the optimizer may precondition; a *use* is
+one call of torch (F.linear, torch.conv2d, a norm, ...) with that weight, or a slice of its rows.
+While the optimizer collects, hooks on the model's modules switch a Watcher on for each forward
+pass. It sees every such call with the tensors that torch really got, asks the optimizer to
+`measure` the use, and keeps the sums until the gradient of the use's output arrives: then they join
+the layer's pending sums, so that only forward passes that are backpropagated count. zero_grad()
+drops what is pending; step() takes it, pooled over micro-batches by count and over ranks by one
+all-reduce, once into the average.
+
+What a weight multiplies is never guessed from a module's class: a subclass that normalises, pads or
+drops its input shows what came of that, and a weight that is computed before it is used (a
+parametrization, a standardised convolution) shows nothing and takes the plain step. A use that the
+layer's statistics cannot describe sends the layer to the plain step for good, with the reason.
+
+Not seen, hence plain: einsum, custom autograd functions, recurrent layers. One more use of a
+weight by such an operation is not noticed, except for those in OTHERS.
+"""
+import threading
+import types
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from patches import Geometry
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass
+class Use:
+    """One use of a layer's weight in a forward pass."""
+    kind: str                       # "linear", "conv" or "norm"
+    x: torch.Tensor                 # what met the weight: (..., d), (B, C, H, W), a norm's input
+    out: torch.Tensor               # what came of it; x and out are dropped once measured
+    shape: torch.Size               # of the output, and so of its gradient; 4-D of a convolution
+    rows: int                       # how many rows a the weight multiplied
+    blocks: slice                   # those of the layer's blocks whose rows of the weight took part
+    geometry: Geometry = None       # of a convolution
+    norm: dict = None               # of a norm: its other arguments
+    call: object = None             # the call of the model that it belongs to
+
+
+class Layer:
+    """A weight that may be preconditioned: how its gradient is laid out, and its pending sums."""
+
+    def __init__(self, name, weight, bias, kind, blocks=1, bias_rows=None, transposed=False):
+        self.name, self.weight, self.bias, self.kind = name, weight, bias, kind
+        self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
+        self.transposed = transposed     # the weight is (d, out), not (out, d)
+        self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
+        self.found = {}                  # what uses have shown; {"plain": why} ends preconditioning
+        self.measured = self.prepared = {}   # {name in state: shape (blocks, ...)}, by set_up
+        self.on = True                   # does this step's batch count?
+        self.backward = None             # the backward pass that brought the latest sums
+        self.pending = {}                # {name: [Σ over rows, rows per block]}
+
+    @property
+    def active(self):
+        return self.weight.requires_grad and "plain" not in self.found
+
+    @property
+    def out(self):
+        return self.weight.shape[1] if self.transposed else len(self.weight)
+
+    @property
+    def d(self):
+        """The length of a row: [a; 1] where the layer has a bias."""
+        return self.weight.numel() // self.out + (self.bias is not None)
+
+    def drop(self):
+        """Forget this step's sums."""
+        self.pending = {}
+
+    def add(self, name, total, rows, blocks=slice(None)):
+        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks."""
+        shape = self.measured[name]
+        if name not in self.pending:
+            self.pending[name] = [None, [0] * shape[0]]
+        old, counts = self.pending[name]
+        if blocks != slice(None) or len(total) != shape[0]:
+            whole = total.new_zeros(shape)
+            whole[blocks] = total
+            total = whole
+        counts[blocks] = [n + rows for n in counts[blocks]]
+        self.pending[name] = [total if old is None else total + old, counts]
+
+
+# ---- which weights a model has ----
+
+def candidates(model, kinds):
+    """{weight: its Layer} in modules() order, for the kinds that a method preconditions.
+
+    A layer's uses are of one kind; a weight that modules of two kinds share, or that an embedding
+    reads, takes the plain step. So does a bias that several weights, or not all uses of one, have.
+    """
+    every = {}
+    for module_name, module in model.named_modules():
+        for layer in layers_of(module_name, module):
+            every.setdefault(layer.weight, []).append(layer)
+    layers, owners = {}, {}
+    for weight, same in every.items():
+        layer = layers[weight] = same[0]
+        if len({(x.kind, x.blocks, x.transposed) for x in same}) > 1:
+            layer.found["plain"] = f"{same[0].kind} and {same[-1].kind} share it"
+        elif layer.kind == "embedding" or weight.is_complex():
+            layer.found["plain"] = "complex" if weight.is_complex() else "an embedding"
+        if len({x.bias for x in same}) > 1:
+            layer.bias = None
+        if layer.bias is not None:
+            owners.setdefault((layer.bias, layer.bias_rows.start), []).append(layer)
+    for sharing in owners.values():
+        for layer in sharing if len(sharing) > 1 else ():
+            layer.bias = None
+    return {weight: layer for weight, layer in layers.items()
+            if layer.kind in kinds and "plain" not in layer.found}
+
+
+def layers_of(name, module):
+    """The Layers of one module itself; parametrized weights are computed, so there are none."""
+    own = {key: p for key, p in module._parameters.items()
+           if p is not None and not nn.parameter.is_lazy(p) and p.numel()}
+    weight, bias = own.get("weight"), own.get("bias")
+    if isinstance(module, nn.MultiheadAttention):
+        E, b = module.embed_dim, own.get("in_proj_bias")
+        if "in_proj_weight" in own:
+            yield Layer(f"{name}.in_proj_weight".lstrip("."), own["in_proj_weight"], b, "linear", 3)
+        for i, key in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
+            if key in own:
+                yield Layer(f"{name}.{key}".lstrip("."), own[key], b, "linear",
+                            bias_rows=slice(i * E, i * E + E))
+    elif weight is None:
+        return
+    elif isinstance(module, EMBEDDINGS):
+        yield Layer(name, weight, None, "embedding")
+    elif isinstance(module, NORMS):
+        yield Layer(name, weight, bias, "norm")
+    elif isinstance(module, nn.Conv2d):
+        yield Layer(name, weight, bias, "conv", module.groups)
+    elif isinstance(module, nn.Linear):
+        yield Layer(name, weight, bias, "linear")
+    elif type(module).__name__ == "Conv1D" and weight.dim() == 2 and bias is not None \
+            and bias.shape == weight.shape[1:]:             # GPT-2's linear layer in transformers
+        yield Layer(name, weight, bias, "linear", transposed=True)
+
+
+# ---- the watcher ----
+
+class Watcher(TorchFunctionMode):
+    """Sees, during a model's forward passes, each call of torch that has a weight of a layer.
+
+    Holds its optimizer weakly, and nothing of a forward pass but what was measured.
+    """
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = weakref.ref(optimizer)
+        self.layers = {}                       # weight: Layer
+        self.on = True                         # set by step(); constant during a forward pass
+        self.local = threading.local()         # depth: how many watched modules are being called
+        self.call = Call()
+
+    @torch.compiler.disable
+    def enter(self, args, kwargs):
+        depth = getattr(self.local, "depth", 0)
+        if depth == 0:
+            if torch.jit.is_tracing() or self.optimizer() is None:
+                return
+            if torch._C._current_graph_task_id() == -1:    # else an activation checkpoint's rerun
+                self.call = self.call.next(args, kwargs)
+            self.__enter__()
+        self.local.depth = depth + 1
+
+    @torch.compiler.disable
+    def leave(self):
+        depth = getattr(self.local, "depth", 0)
+        if depth == 1:
+            self.__exit__(None, None, None)
+            optimizer = self.optimizer()
+            if optimizer is not None:
+                optimizer.forward_ended()
+        self.local.depth = max(0, depth - 1)
+
+    def reset(self):
+        """End what an interrupted forward pass (Ctrl-C) left on, and begin with no call."""
+        if getattr(self.local, "depth", 0):
+            self.local.depth = 1
+            self.leave()
+        self.call = Call()
+
+    @torch.compiler.disable
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:                                     # so that its parts are seen
+                return multi_head_attention(*args, **kwargs)
+        out = func(*args, **kwargs)
+        see = SEEN.get(func)
+        if see is not None and is_ordinary(out):
+            see(self, out, *args, **kwargs)
+        optimizer = self.optimizer()
+        if optimizer is not None and optimizer.attention is not None:
+            optimizer.attention.see(func, out, args, kwargs)
+        return out
+
+    def find(self, weight):
+        """(layer, its rows that this tensor holds, is it transposed?) or None."""
+        layer = self.layers.get(weight)
+        if layer is not None:
+            return (layer, slice(0, layer.out), False) if layer.active else None
+        base = weight._base if isinstance(weight, torch.Tensor) else None
+        layer = self.layers.get(base)
+        if layer is None or not layer.active:
+            return None
+        if weight.dim() == 2 == base.dim() and weight.shape == base.shape[::-1] \
+                and weight.stride() == base.stride()[::-1]:
+            return layer, slice(0, layer.out), True
+        if weight.shape[1:] == base.shape[1:] and weight.stride() == base.stride() \
+                and not layer.transposed:
+            first = (weight.storage_offset() - base.storage_offset()) // base.stride(0)
+            return layer, slice(first, first + len(weight)), False
+        self.contradict(layer, "it is used in another shape")
+
+    def contradict(self, layer, why):
+        """From now on the layer takes the plain step."""
+        layer.found = {"plain": why}
+        layer.drop()
+
+    def record(self, found, kind, x, out, bias, **details):
+        """Measure a use of a layer; its sums are pending from when it is backpropagated."""
+        layer, rows, _ = found
+        blocks, size = slice(None), layer.out // layer.blocks
+        if kind != layer.kind:
+            return self.contradict(layer, f"it is used as the weight of a {kind}")
+        if kind == "linear" and rows != slice(0, layer.out):
+            if rows.start % size or rows.stop % size:
+                return self.contradict(layer, "some of its rows are used alone")
+            blocks = slice(rows.start // size, rows.stop // size)
+        if not has_bias(layer, bias, rows):
+            return self.contradict(layer, "its bias is another one than its module's")
+        if not layer.on:
+            return
+        optimizer, shape = self.optimizer(), out.shape
+        use = Use(kind, x.detach(), out, shape, 0, blocks, call=self.call, **details)
+        if kind == "conv":
+            if use.geometry.groups != layer.blocks:
+                return self.contradict(layer, "its convolution has other groups")
+            use.x = x.detach() if x.dim() == 4 else x.detach()[None]
+            use.shape = shape if len(shape) == 4 else torch.Size((1, *shape))
+            use.rows = use.shape[0] * use.shape[2] * use.shape[3]
+        else:
+            use.rows = x.numel() // (x.shape[-1] if kind == "linear" else layer.weight.numel())
+        with torch.no_grad(), full_precision(out.device.type):
+            sums, rows = optimizer.measure(layer, use)
+        use.x = use.out = None
+        self.when_backpropagated(layer, use, sums, rows, out)
+
+    def when_backpropagated(self, layer, use, sums, rows, out):
+        """Add the sums to the layer's pending ones when the gradient of out arrives."""
+        watched = self.optimizer
+
+        def arrived(grad):
+            optimizer, backward = watched(), torch._C._current_graph_task_id()
+            if optimizer is None or optimizer.ignores_gradients:
+                return
+            # Where an earlier backward pass left no gradient, zero_grad on the model has dropped
+            # it, and so are the sums that it left.
+            if layer.weight.grad is None and layer.backward != backward:
+                layer.drop()
+            layer.backward = backward
+            for name, total in sums.items():
+                layer.add(name, total, rows, use.blocks)
+            if optimizer.needs_gradients and use.kind != "values":
+                with torch.no_grad(), full_precision(grad.device.type):
+                    optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))
+        # A linear's output on more than two dimensions is a view; an in-place activation replaces
+        # the view's history, and a hook on it would never fire. Its base sees the gradient always.
+        (out._base if out._is_view() else out).register_hook(arrived)
+
+
+class Call:
+    """One call of the model: the sizes of its first tensor, by which K-FAC counts loss terms."""
+
+    def __init__(self, shape=None):
+        self.shape = shape
+
+    def next(self, args, kwargs):
+        """The call that begins with these arguments; a part that goes on from an earlier part's
+        output (a decoder after its encoder) belongs to this one."""
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs))
+                   if isinstance(x, torch.Tensor) and x.dim()]
+        if self.shape is not None and any(x.requires_grad and x.grad_fn for x in tensors):
+            return self
+        return Call(tensors[0].shape if tensors else torch.Size())
+
+
+class Hook:
+    """Switches the watcher on before a module's forward and off after it.
+
+    A copied or unpickled model gets an inert one, so a copy feeds nothing.
+    """
+
+    def __init__(self, watcher=None, module=None):
+        self.watcher, self.module = watcher, module
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class Enter(Hook):
+    def __call__(self, module, args, kwargs):
+        if self.watcher is not None and self.watcher.on and module is self.module \
+                and not is_exporting():
+            self.watcher.enter(args, kwargs)
+
+
+class Leave(Hook):
+    def __call__(self, module, args, output):
+        if self.watcher is not None and self.watcher.on and module is self.module \
+                and not is_exporting():
+            self.watcher.leave()
+
+
+def watch(model, watcher, hooked):
+    """Hook the modules that hold layers; any of them may be what a training loop calls.
+
+    hooked: {module: its two handles}, to which the new ones are added.
+    """
+    def holds(module):
+        # a list, so that every child is visited
+        inner = [holds(child) for child in module.children()]
+        held = any(inner) or any(p in watcher.layers for p in module._parameters.values())
+        if held and module not in hooked:
+            hooked[module] = (
+                module.register_forward_pre_hook(Enter(watcher, module), with_kwargs=True),
+                module.register_forward_hook(Leave(watcher, module), always_call=True))
+        return held
+    holds(model)
+
+
+def is_exporting():
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+
+
+def is_ordinary(out):
+    """A plain tensor that will be backpropagated: no fake or functional one, no transform's."""
+    return (torch.is_grad_enabled() and type(out) is torch.Tensor and out.requires_grad
+            and out.numel() > 0 and torch._C._functorch.peek_interpreter_stack() is None)
+
+
+def has_bias(layer, bias, rows):
+    """Is this the layer's bias, or the slice of it that belongs to these rows of the weight?"""
+    if layer.bias is None:
+        return True             # whatever is added to the output takes the plain step
+    if bias is layer.bias:
+        return rows == layer.bias_rows == slice(0, len(bias))
+    return (bias is not None and bias._base is layer.bias and bias.stride() == layer.bias.stride()
+            and bias.storage_offset() - layer.bias.storage_offset()
+            == layer.bias_rows.start + rows.start)
+
+
+# torch's own function without its first line, which would hand the call back to the watcher
+multi_head_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__, vars(F) | {"has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__)
+multi_head_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+
+
+# ---- what each function of torch does with a weight ----
+
+def linear(watcher, out, input, weight, bias=None):
+    found = watcher.find(weight)
+    if found is not None:
+        layer, _, turned = found
+        if turned != layer.transposed:
+            return watcher.contradict(layer, "its transpose is used")
+        watcher.record(found, "linear", input, out, bias)
+
+
+def matmul(watcher, out, input, other, *, bias=None):
+    found = watcher.find(other)
+    if found is not None:
+        layer, rows, turned = found
+        if turned == layer.transposed or rows != slice(0, layer.out):
+            return watcher.contradict(layer, "its transpose is used")
+        watcher.record(found, "linear", input, out, bias)
+    elif (found := watcher.find(input)) is not None:
+        watcher.contradict(found[0], "it stands on the left of a product")
+
+
+def addmm(watcher, out, input, mat1, mat2, *, beta=1, alpha=1):
+    if alpha == beta == 1:
+        matmul(watcher, out, mat1, mat2, bias=input)
+    else:
+        other(watcher, out, mat1, mat2)
+
+
+def conv2d(watcher, out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    found = watcher.find(weight)
+    if found is not None:
+        geometry = Geometry.of(weight, stride, padding, dilation, groups)
+        watcher.record(found, "conv", input, out, bias, geometry=geometry)
+
+
+def norm(watcher, out, x, weight, bias, **rest):
+    found = watcher.find(weight)
+    if found is not None:
+        watcher.record(found, "norm", x, out, bias, norm=rest)
+
+
+def batch_norm(watcher, out, input, running_mean, running_var, weight=None, bias=None,
+               training=False, momentum=0.1, eps=1e-5):
+    norm(watcher, out, input, weight, bias, eps=eps, mean=None if training else running_mean,
+         var=None if training else running_var, per_channel=True)
+
+
+def layer_norm(watcher, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    norm(watcher, out, input, weight, bias, eps=eps, normalized_shape=normalized_shape)
+
+
+def group_norm(watcher, out, input, num_groups, weight=None, bias=None, eps=1e-5):
+    norm(watcher, out, input, weight, bias, eps=eps, num_groups=num_groups)
+
+
+def other(watcher, out, *args, **kwargs):
+    """A product whose rows are not told apart here."""
+    for x in torch.utils._pytree.tree_leaves((args, kwargs)):
+        found = watcher.find(x) if isinstance(x, torch.Tensor) else None
+        if found is not None:
+            watcher.contradict(found[0], "it is used in an operation that is not followed")
+
+
+OTHERS = (torch.einsum, torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.bilinear, torch.mv,
+          torch.Tensor.mv, torch.tensordot, F.embedding, F.embedding_bag, torch.conv1d,
+          torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+SEEN = dict.fromkeys(OTHERS, other) | {
+    F.linear: linear, torch.conv2d: conv2d, torch.addmm: addmm, torch.Tensor.addmm: addmm,
+    F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
+        (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm),
+        matmul)
+
+
+@contextmanager
+def full_precision(device_type):
+    """float32 products in float32: autocast, TF32 and bf16 modes off inside.
+
+    torch 2.9 gave each backend its own setting and forbids to read the old one once they differ.
+    """
+    with torch.autocast(device_type, enabled=False):
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+            before = [backend.fp32_precision for backend in backends]
+            try:
+                for backend in backends:
+                    backend.fp32_precision = "ieee"
+                yield
+            finally:
+                for backend, value in zip(backends, before):
+                    backend.fp32_precision = "none"      # inherited, unless that is another value
+                    if backend.fp32_precision != value:
+                        backend.fp32_precision = value
+        else:
+            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            try:
+                torch.set_float32_matmul_precision("highest")
+                torch.backends.cudnn.allow_tf32 = False
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before[0])
+                torch.backends.cudnn.allow_tf32 = before[1]

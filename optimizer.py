@@ -1,0 +1,589 @@
+"""What the methods have in common: averages of statistics, torch's interface, momentum SGD on G̃.
+
+A method answers five questions, and is a class of one screen then:
+
+    kinds                    {kind of use: how it is preconditioned, in words}: which layers
+    set_up(layer)            layer.measured and layer.prepared = {name in state: shape (blocks, ...)}
+    measure(layer, use)      {name: Σ over the rows of one use (blocks or 1, ...)}, number of rows
+    prepare(damping, **measured)     {name: what is made of the averages}, which blocks failed
+    apply(G, damping, **prepared)    G̃ for G (blocks, out/blocks, d) = [weight | bias]
+
+What a step does, in order: every tcov steps it takes the sums that capture.py has pending, pools
+them over micro-batches by count and over ranks by an all-reduce, and joins them to the averages;
+every tinv steps it prepares what is applied; then it puts G̃ = apply(G) in the place of each layer's
+gradient, takes torch's SGD step, and puts the raw gradients back. Layers of one shape go through
+prepare and apply together, as the blocks of one layer, so a small network costs a GPU few launches.
+
+    average      m̂ ← m̂ + w (x − m̂),  w = (1 − β)/(1 − βᵏ)         bias-corrected, k updates so far
+    SGD          M ← μM + (G̃ + wd·W),  W ← W − ηM
+
+State stands in optimizer.state[weight] under plain names, with "updates" (k) and "step".
+"""
+import hashlib
+import inspect
+import warnings
+import weakref
+from itertools import accumulate
+from math import isfinite
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from capture import Watcher, candidates, full_precision, watch
+from patches import at_least_float32
+
+STACK = 2 ** 20  # layers are joined up to this many numbers; beyond, their work outweighs launches
+POSITIVE = (lambda v: 0 < v < float("inf"), "a positive number")
+DECAY = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+PERIOD = (lambda v: v >= 1 and v % 1 == 0, "a whole number of steps, 1 or more")
+sgd_step = inspect.unwrap(torch.optim.SGD.step)   # without the step hooks, which ours already fires
+
+
+class Preconditioner(torch.optim.Optimizer):
+    """Statistics of a model's layers, averaged, kept in the state, restored: all but the update."""
+
+    kinds = {}
+    checks = {}                    # option of a group: (is it valid, what is wanted in words)
+    decay = "stat_decay"           # the option that holds β of the average
+    needs_gradients = False        # does the method have measure_gradient(layer, use, grad)?
+    ignores_gradients = False      # True while gradients flow that are no training step's
+    attention = None               # what follows attention through a forward pass, if anything
+    failure = "the average of layer {name} cannot be factored with damping {damping}"
+
+    def __init__(self, model, params, torch_options, options):
+        name = type(self).__name__
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name}: the first argument is the model, a torch.nn.Module, not "
+                            f"{type(model).__name__}; parameters are given as params=...")
+        if isinstance(model, nn.DataParallel):
+            raise TypeError(f"{name}: nn.DataParallel runs replicas whose statistics are lost; use "
+                            "DistributedDataParallel, or the module inside it on one device")
+        self.model, self.steps, self.captured, self.hooked = model, 0, False, {}
+        self.watcher = Watcher(self)
+        weakref.finalize(self, remove_hooks, self.hooked).atexit = False
+        self.ready = False             # while torch's constructor adds the first groups
+        super().__init__(model.parameters() if params is None else params, **torch_options)
+        self.defaults.update(options)
+        for group in self.param_groups:
+            self.check(self.fill(group))
+        # fused SGD would take a GradScaler's steps itself, the skipped ones included
+        self._step_supports_amp_scaling = False
+        self.ready = True
+        self.find_layers()
+        if not self.layers:
+            warnings.warn(f"{name}: the model has no weight that it could precondition among the "
+                          f"parameters ({', '.join(self.kinds)}), so all take the plain step")
+
+    # ---- groups and layers ----
+
+    def fill(self, group):
+        for name in self.checks:
+            group.setdefault(name, self.defaults[name])
+        return group
+
+    def check(self, group):
+        """Raise ValueError, naming the argument and its value, for what the step cannot use."""
+        for name, (valid, wanted) in self.checks.items():
+            if not valid(group[name]):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be {wanted}, got {group[name]}")
+
+    def add_param_group(self, param_group):
+        if self.ready and isinstance(param_group, dict):
+            self.check(self.defaults | param_group)
+        super().add_param_group(param_group)
+        if self.ready:
+            self.find_layers()
+
+    @property
+    def layers(self):
+        """{weight: Layer} of all weights in the groups that may be preconditioned."""
+        return self.watcher.layers
+
+    def find_layers(self):
+        """Watch every weight in the groups; again when groups are added."""
+        given = {p for group in self.param_groups for p in group["params"]}
+        for weight, layer in self.candidates().items():
+            if weight in given and weight not in self.layers:
+                if layer.bias is not None and (
+                        layer.bias not in given or not layer.bias.requires_grad):
+                    layer.bias = None             # it takes the plain step, if any
+                self.set_up(layer)
+                self.layers[weight] = layer
+        watch(self.model, self.watcher, self.hooked)
+        self.begin_step()
+
+    def candidates(self):
+        return candidates(self.model, self.kinds)
+
+    def grouped(self):
+        """(layer, its group) of active layers, in an order that is the same on all ranks."""
+        return [(layer, group) for group in self.param_groups
+                for layer in map(self.layers.get, group["params"])
+                if layer is not None and layer.active]
+
+    def add_gradient(self, layer, use, grad):
+        for name, total in self.measure_gradient(layer, use, grad).items():
+            layer.add(name, total, 0, use.blocks)
+
+    def forward_ended(self):
+        """The model's forward pass is over."""
+
+    # ---- the averages ----
+
+    def begin_step(self):
+        """Tell the watcher whether the coming step's batch counts; note the step in the state."""
+        for layer, group in self.grouped():
+            layer.on = self.steps % group["tcov"] == 0
+            if "updates" in self.state.get(layer.weight, {}):
+                self.state[layer.weight]["step"] = self.steps
+        self.watcher.reset()
+        self.watcher.on = any(layer.on for layer, _ in self.grouped())
+
+    @property
+    def collecting(self):
+        """Will the coming forward pass feed statistics? Then a compiled model falls back to
+        eager calls: faster is to call the plain model now, and the compiled one otherwise."""
+        return self.watcher.on
+
+    def update_statistics(self):
+        """Join the pending sums of the layers due to their averages."""
+        if self.model is None:
+            raise RuntimeError(f"{type(self).__name__}: this optimizer was copied or unpickled and "
+                               "has no model; make a new one and load this one's state_dict()")
+        due = [(layer, group) for layer, group in self.grouped()
+               if self.steps % group["tcov"] == 0]
+        if not due:
+            return
+        for layer, _ in due:
+            if layer.weight.grad is None:      # dropped, and no backward pass has come since
+                layer.drop()
+        self.agree_on_layers()
+        due = [(layer, group) for layer, group in due if layer.active]
+        found = self.pooled([layer for layer, _ in due]) if due else {}
+        self.check_captured(found, due)
+        averages = {}
+        for layer, group in due:
+            if layer not in found:
+                continue
+            state = self.state[layer.weight]
+            state["updates"] = state.get("updates", 0) + 1
+            for name, mean in found[layer].items():
+                if name in state and state["updates"] > 1:
+                    if state[name].dtype != mean.dtype:         # the model's was changed
+                        state[name] = state[name].to(mean.dtype)
+                    olds, means = averages.setdefault(
+                        (state["updates"], group[self.decay]), ([], []))
+                    olds.append(state[name])
+                    means.append(mean)
+                else:
+                    state[name] = mean.clone()                  # the buffer's memory is not kept
+        for (updates, decay), (olds, means) in averages.items():
+            running_mean(olds, means, updates, decay)
+
+    def check_captured(self, found, due):
+        """A step whose gradients came with no statistics at all is no step of this model's."""
+        if found or self.captured and all(layer.weight.grad is None for layer, _ in due):
+            self.captured = True
+        elif due:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}: step() was called, but no layer it preconditions has run and received a "
+                "gradient since the last zero_grad(). Was another model or a copy of it trained, "
+                f"was the model compiled and called before {name} was made (then call the plain "
+                "model while optimizer.collecting), did zero_grad() come between backward() and "
+                "step(), or was backward() not called?")
+
+    def pooled(self, layers):
+        """{layer: {name: Σ / rows}} of the layers that some rank saw. Drops the sums.
+
+        One flat buffer for all layers, so that ranks agree by one all-reduce, and one look at the
+        buffer finds what is not finite.
+        """
+        like = max((layer.weight for layer in layers), key=lambda w: w.dtype == torch.float64)
+        like = like.new_empty(0, dtype=at_least_float32(like))
+        slots = [(layer, name, torch.Size(shape)) for layer in layers
+                 for name, shape in layer.measured.items()]
+        sums, rows = [], []
+        for layer, name, shape in slots:
+            total, counts = layer.pending.get(name, (None, [0] * shape[0]))
+            sums.append(like.new_zeros(shape.numel()) if total is None else
+                        total.to(like).flatten())
+            rows += counts
+        numbers = rows + self.numbers_to_sum()
+        flat = torch.cat(sums + [torch.tensor(numbers, dtype=like.dtype, device="cpu").to(like)])
+        for layer in layers:
+            layer.drop()
+        if world_size() > 1:
+            dist.all_reduce(flat)
+        sums, counts = flat.split([len(flat) - len(numbers), len(numbers)])
+        ends = torch.stack([flat.amin(), flat.amax()])
+        *counts, least, most = torch.cat([counts, ends]).tolist()
+        parts = sums.split([shape.numel() for *_, shape in slots])
+        if not (isfinite(least) and isfinite(most)):             # nan is both
+            self.refuse_nonfinite(slots, parts)
+        self.summed_numbers(counts[len(rows):])
+        found, blocks, divisors, first = {}, [], [], 0
+        for (layer, name, shape), part in zip(slots, parts):
+            each = self.divisors(layer, name, counts[first:first + shape[0]])
+            first += shape[0]
+            if any(each):
+                found.setdefault(layer, {})[name] = part.view(shape)
+                blocks += part.view(shape).unbind()
+                divisors += [max(n, 1) for n in each]
+        if blocks:
+            torch._foreach_div_(blocks, divisors)
+        return {layer: {name: mean.to(layer.weight.device, at_least_float32(layer.weight))
+                        for name, mean in means.items()} for layer, means in found.items()}
+
+    def numbers_to_sum(self):
+        """Numbers of this rank's whose sums over ranks the method wants."""
+        return []
+
+    def summed_numbers(self, totals):
+        """What became of numbers_to_sum()."""
+
+    def divisors(self, layer, name, rows):
+        """By what the sums of a layer's blocks are divided; 0 where there is nothing to average."""
+        return rows
+
+    def refuse_nonfinite(self, slots, parts):
+        layer, name = next((layer, name) for (layer, name, _), part in zip(slots, parts)
+                           if not part.isfinite().all())
+        raise FloatingPointError(
+            f"{type(self).__name__}: the statistics ({name}) of layer {layer.name} are not finite "
+            f"in step {self.steps}; no parameter was changed. Lower the learning rate, or look for "
+            "the overflow that caused it")
+
+    def agree_on_layers(self):
+        """What uses have shown of the layers must be the same on all ranks before they reduce."""
+        if world_size() == 1:
+            return
+        facts = {layer.name: layer.found for layer in self.layers.values()
+                 if layer.weight.requires_grad}
+        digest = hashlib.sha256(repr(sorted(
+            (name, sorted(found.items())) for name, found in facts.items())).encode()).digest()
+        number = int.from_bytes(digest[:7], "big")
+        device = next(iter(self.layers)).device
+        ends = torch.tensor([number, -number], dtype=torch.int64).to(device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        if ends[0].item() == -ends[1].item():
+            return
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, facts)
+        if any(theirs.keys() != facts.keys() for theirs in everyone):
+            raise RuntimeError(f"{type(self).__name__}: ranks train different layers, for example "
+                               f"{sorted(set.symmetric_difference(*map(set, everyone[:2])))[:1]}")
+        for layer in self.layers.values():
+            for theirs in everyone:
+                self.merge(layer, theirs.get(layer.name, {}))
+
+    def merge(self, layer, found):
+        """Take over what another rank's uses have shown of a layer."""
+        if "plain" in found and "plain" not in layer.found:
+            self.watcher.contradict(layer, found["plain"])
+
+    # ---- the rest of torch's interface ----
+
+    def is_trial(self):
+        """torch.distributed.checkpoint makes the state by a step of zero gradients at lr 0, before
+        any other: then the state is made, of zeros, as a checkpoint fills it."""
+        if self.steps or any(float(group["lr"]) != 0 for group in self.param_groups) or any(
+                layer.pending for layer in self.layers.values()):
+            return False
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None:
+                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        for layer, _ in self.grouped():
+            state, like = self.state[layer.weight], layer.weight
+            state.update(updates=0, step=0)
+            for name, shape in (layer.measured | layer.prepared).items():
+                state[name] = like.new_zeros(shape, dtype=at_least_float32(like))
+        return True
+
+    @torch.compiler.disable
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for layer in self.layers.values():
+            layer.drop()
+
+    def load_state_dict(self, state_dict):
+        """As torch's; ValueError if the statistics are another network's or another method's."""
+        kept = []                    # what the hooks before loading, these the last, make of it
+        last = self.register_load_state_dict_pre_hook(lambda _, given: kept.append(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        # torch has cast the statistics to the weights' dtype: take them again as they were saved
+        saved = [i for group in kept[0]["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params):
+            if p in self.layers:
+                self.restore(self.layers[p], kept[0]["state"].get(i, {}))
+        self.steps = max([state.get("step", 0) for state in self.state.values()], default=0)
+        self.captured = False
+        for layer in self.layers.values():
+            layer.drop()
+        self.begin_step()
+
+    def restore(self, layer, saved):
+        """A layer's statistics as they were saved, checked against what it measures."""
+        for name, shape in (layer.measured | layer.prepared).items():
+            if name not in saved:
+                if name in layer.measured and saved.get("updates"):
+                    raise ValueError(f"{type(self).__name__}: the checkpoint has no {name} of "
+                                     f"layer {layer.name}; was it saved with other options?")
+                continue
+            if saved[name].shape != torch.Size(shape):
+                raise ValueError(
+                    f"{type(self).__name__}: the checkpoint's {name} of layer {layer.name} is "
+                    f"{tuple(saved[name].shape)}, this model's {tuple(shape)}; is it of another "
+                    "network, or of another version of this program?")
+            self.state[layer.weight][name] = saved[name].to(
+                layer.weight.device, at_least_float32(layer.weight), copy=True)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:      # a checkpoint of torch's SGD lacks our options
+            self.fill(group)
+        if "model" not in self.__dict__:     # copied or unpickled
+            self.model, self.steps, self.captured, self.hooked = None, 0, False, {}
+            self.watcher = Watcher(self)
+
+    def __repr__(self):
+        lines, size, numbers, plain = [], 0, 0, []
+        done = set()
+        for layer, _ in self.grouped():
+            if self.captured and not self.state.get(layer.weight, {}).get("updates"):
+                continue                      # it had its chance: computed, or not run yet
+            n = sum(torch.Size(shape).numel() for shapes in (layer.measured, layer.prepared)
+                    for shape in shapes.values()) * at_least_float32(layer.weight).itemsize
+            lines.append(f"  {layer.name}: {layer.out}×{layer.d}, {self.how(layer)}, {n:,} bytes")
+            size += n
+            done |= {layer.weight, layer.bias}
+        reasons = {layer.weight: layer.found["plain"] for layer in self.layers.values()
+                   if "plain" in layer.found}
+        named = dict(self.model.named_parameters()) if self.model is not None else {}
+        given = {p for group in self.param_groups for p in group["params"]}
+        for name, p in named.items():
+            if p in done:
+                numbers += p.numel()
+            elif p in given:
+                name = name.removesuffix(".weight").removesuffix(".bias")
+                plain.append(name + (f" ({reasons[p]})" if p in reasons else ""))
+        share = numbers / max(1, sum(p.numel() for p in given))
+        return "\n".join([super().__repr__(), f"preconditioned: {len(lines)} weights, "
+                          f"{share:.1%} of all numbers, {size:,} bytes of statistics"
+                          + ("" if self.captured else ", none yet"), *lines,
+                          "plain step: " + (", ".join(dict.fromkeys(plain)) or "nothing else")])
+
+    def how(self, layer):
+        """How a layer is preconditioned, in words."""
+        return self.kinds[layer.kind]
+
+
+class PreconditionedSGD(Preconditioner, torch.optim.SGD):
+    """torch's momentum SGD, in all ways, on preconditioned gradients.
+
+    model: its layers whose weights are in the parameter groups are preconditioned; all other
+        parameters take the plain step. `print(optimizer)` lists both.
+    params: tensors, (name, tensor) pairs or group dicts; default model.parameters(). A group may
+        set any of the options below for itself.
+    lr (η), momentum (μ), nesterov, weight_decay (wd), maximize, foreach, fused: torch.optim.SGD's.
+        Decay joins after preconditioning; decoupled_weight_decay takes W ← (1 − η·wd)W instead.
+    damping (ρ): > 0.   stat_decay (β): in [0, 1), the weight of the past in the averages.
+    tcov: every tcov steps the batch joins the average. tinv: every tinv steps what is applied is
+        refreshed from it. Both before the step is taken, beginning with the first.
+
+    Raises TypeError if model is none, ValueError for an option out of range. step() raises
+    RuntimeError if its batch passed no layer, FloatingPointError if a statistic is not finite
+    (parameters and state stay) or cannot be factored (parameters stay).
+    """
+
+    checks = dict(decoupled_weight_decay=(lambda v: v in (True, False), "True or False"),
+                  damping=POSITIVE, stat_decay=DECAY, tcov=PERIOD, tinv=PERIOD)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Statistics, refresh, precondition, momentum-SGD step. Afterwards p.grad is raw again."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        raw, decay = {}, []
+        if self.is_trial():
+            return loss
+        try:
+            with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
+                self.update_statistics()
+                self.refresh()
+                self.precondition_gradients(raw)
+            for group in self.param_groups:
+                if group["decoupled_weight_decay"]:
+                    decay.append((group, group["weight_decay"]))
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            p.mul_(1 - group["lr"] * group["weight_decay"])
+                    group["weight_decay"] = 0.0
+            sgd_step(self)
+        finally:
+            for p, grad in raw.items():
+                p.grad = grad
+            for group, value in decay:
+                group["weight_decay"] = value
+        self.steps += 1
+        self.begin_step()
+        return loss
+
+    def refresh(self):
+        """Prepare what is applied, every tinv steps, or where there is nothing to apply."""
+        due = []
+        for layer, group in self.grouped():
+            state = self.state.get(layer.weight, {})
+            if state.get("updates") and (self.steps % group["tinv"] == 0
+                                         or any(name not in state for name in layer.prepared)):
+                due.append((layer, group))
+        for layers, damping in stacks(due):
+            prepared, failed = self.prepare(damping, **self.gathered(layers, layers[0].measured))
+            if failed is not None and failed.any():
+                bad = layers[failed.view(len(layers), -1).any(1).int().argmax()]
+                raise FloatingPointError(f"{type(self).__name__}: " + self.failure.format(
+                    name=bad.name, damping=damping))
+            for name, whole in prepared.items():
+                # row-major like what is loaded, so that a resumed run rounds alike
+                parts = whole.contiguous().split(len(whole) // len(layers))
+                for layer, part in zip(layers, parts):
+                    self.state[layer.weight][name] = part
+
+    def gathered(self, layers, names):
+        """{name: that state of all these layers, their blocks in a row}."""
+        states = [self.state[layer.weight] for layer in layers]
+        return {name: joined([state[name] for state in states]) for name in names}
+
+    def precondition_gradients(self, raw):
+        """Replace p.grad by G̃ for every layer that has statistics; raw collects what was there."""
+        ready = [(layer, group) for layer, group in self.grouped()
+                 if layer.weight.grad is not None and self.state.get(layer.weight, {}).get("updates")]
+        found = []
+        for layers, damping in stacks(ready):
+            prepared = self.gathered(layers, layers[0].prepared)
+            blocks = len(next(iter(prepared.values())))
+            G = gradient_matrix(layers).unflatten(0, (blocks, -1))
+            prepared = {name: x if x.dtype == G.dtype else x.to(G.dtype)
+                        for name, x in prepared.items()}
+            found.append((layers, G, self.apply(G, damping, **prepared)))
+        self.rescale(found)
+        for layers, _, new in found:
+            replace_gradients(layers, new.flatten(0, 1), raw)
+
+    def rescale(self, found):
+        """What is to be done with all G̃ together: found lists (layers, G, G̃)."""
+
+
+# ---- mathematics and gradients ----
+
+def running_mean(old, batch, updates, decay):
+    """The bias-corrected averages after `updates` batches, in place on all of old.
+
+    With m_k = β m_{k−1} + (1 − β) x_k, m_0 = 0, the corrected m̂_k = m_k/(1 − βᵏ) satisfies
+    (1 − βᵏ) m̂_k = β(1 − βᵏ⁻¹) m̂_{k−1} + (1 − β) x_k = (1 − βᵏ − (1 − β)) m̂_{k−1} + (1 − β) x_k:
+    m̂_k = m̂_{k−1} + w (x_k − m̂_{k−1}), so the corrected average itself is what is stored.
+    """
+    torch._foreach_lerp_(old, batch, (1 - decay) / (1 - decay ** updates))
+    return old
+
+
+def stacks(grouped):
+    """Lists of layers of one shape, whose blocks can stand as those of one layer; their damping.
+
+    A small layer's step costs a GPU the launches of its kernels, so such layers share them.
+    """
+    found = {}
+    for layer, group in grouped:
+        weight, shapes = layer.weight, layer.measured | layer.prepared
+        kind = (weight.shape, weight.stride(), layer.transposed, tuple(shapes.items()),
+                layer.bias is None, weight.dtype, weight.device, group["damping"])
+        found.setdefault(kind, []).append(layer)
+    for (shape, _, _, shapes, *_, damping), layers in found.items():
+        largest = max(torch.Size(s).numel() for s in (shape, *dict(shapes).values()))
+        at_once = max(1, STACK // max(1, largest))
+        for i in range(0, len(layers), at_once):
+            yield layers[i:i + at_once], damping
+
+
+def joined(tensors):
+    """torch.cat in float32 or better; of all the parts of a tensor, in order, that tensor itself,
+    not copied."""
+    first = tensors[0]
+    whole, ends = first._base, list(accumulate(map(len, tensors), initial=0))
+    if len(tensors) == 1:
+        whole = first
+    elif whole is None or whole.shape != (ends[-1], *first.shape[1:]) or any(
+            x._base is not whole or x.stride() != whole.stride()
+            or x.storage_offset() != end * whole.stride(0) for x, end in zip(tensors, ends)):
+        whole = torch.cat(tensors)
+    return whole.to(at_least_float32(whole))
+
+
+def gradient_matrix(layers):
+    """G = [W.grad | b.grad] of layers of one shape, one below the other: (n·out, d).
+
+    The gradient of a bias that the loss lacks is 0.
+    """
+    G = joined([layer.weight.grad.mT if layer.transposed else layer.weight.grad
+                for layer in layers]).flatten(1)
+    if layers[0].bias is None:
+        return G
+    biases = [torch.zeros_like(layer.bias) if layer.bias.grad is None else layer.bias.grad
+              for layer in layers]
+    parts = [grad[layer.bias_rows] for layer, grad in zip(layers, biases)]
+    return torch.cat([G, joined(parts)[:, None]], 1)
+
+
+def replace_gradients(layers, G, raw):
+    """Give each layer its part of G (n·out, d); raw collects what was there.
+
+    A fused step reads raw memory, so each gradient is laid out in memory as its weight is.
+    """
+    weight, out = layers[0].weight, layers[0].out
+    if layers[0].bias is not None:
+        give_biases(layers, G[:, -1].to(layers[0].bias.dtype).contiguous().split(out), raw)
+        G = G[:, :-1]
+    G = G.to(weight.dtype)
+    if not layers[0].transposed:
+        G = G.reshape(-1, *weight.shape[1:])
+        form = torch.channels_last if weight.dim() == 4 and not weight.is_contiguous() else \
+            torch.contiguous_format
+        G = G.contiguous(memory_format=form)
+    for layer, part in zip(layers, G.split(out)):
+        weight, part = layer.weight, part.mT if layer.transposed else part
+        if part.stride() != weight.stride():
+            part = torch.empty_like(weight).copy_(part)
+        raw[weight], weight.grad = weight.grad, part
+
+
+def give_biases(layers, parts, raw):
+    for layer, part in zip(layers, parts):
+        bias = layer.bias
+        if bias.grad is None:
+            continue
+        if len(part) == len(bias):
+            raw[bias], bias.grad = bias.grad, part
+            continue
+        if bias not in raw:                  # one bias serves three weights, a third to each
+            raw[bias], bias.grad = bias.grad, bias.grad.clone()
+        bias.grad[layer.bias_rows] = part
+
+
+def remove_hooks(hooked):
+    """When an optimizer is gone, its hooks should cost the model nothing."""
+    for handles in hooked.values():
+        for handle in handles:
+            handle.remove()
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
