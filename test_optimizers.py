@@ -25,17 +25,13 @@ from torch.utils._pytree import tree_leaves
 import bench
 import models
 from testing import (OPTIMIZERS, SGD_FAMILY, close, known, loss_of, make_data, make_net, on_ranks,
-                     only, raises, randn, snapshot, trained, usual)
+                     only, parameters, raises, randn, snapshot, trained, usual)
 
 
 @functools.cache
 def reference(make):
     """What the usual loop gives."""
     return trained(make)
-
-
-def parameters(net):
-    return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
 # ---- the capture rule: each of these loops must end where the usual one ends ----

@@ -54,6 +54,10 @@ def raises(kind, words, call):
     assert not missing, f"{missing} not in: {caught.value}"
 
 
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
 def snapshot(model, optimizer):
     """Every parameter, and every tensor and number of the optimizer's state, by name."""
     values = {name: p for name, p in model.named_parameters()}
