@@ -43,6 +43,7 @@ class Use:
     shape: torch.Size               # of the output, and so of its gradient; 4-D of a convolution
     rows: int                       # how many rows a the weight multiplied
     blocks: slice                   # those of the layer's blocks whose rows of the weight took part
+    of: int                         # how many blocks the layer had then
     geometry: Geometry = None       # of a convolution
     norm: dict = None               # of a norm: its other arguments
     call: object = None             # the call of the model that it belongs to
@@ -80,17 +81,19 @@ class Layer:
         self.pending = {}
 
     def add(self, name, total, rows, blocks=slice(None)):
-        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks."""
+        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks.
+
+        blocks: a slice or a list of numbers.
+        """
         shape = self.measured[name]
-        if name not in self.pending:
-            self.pending[name] = [None, [0] * shape[0]]
-        old, counts = self.pending[name]
+        old, counts = self.pending.get(name, (None, [0] * shape[0]))
         if blocks != slice(None) or len(total) != shape[0]:
             whole = total.new_zeros(shape)
             whole[blocks] = total
             total = whole
-        counts[blocks] = [n + rows for n in counts[blocks]]
-        self.pending[name] = [total if old is None else total + old, counts]
+        for i in range(shape[0])[blocks] if isinstance(blocks, slice) else blocks:
+            counts[i] += rows
+        self.pending[name] = total if old is None else total + old, counts
 
 
 # ---- which weights a model has ----
@@ -203,12 +206,18 @@ class Watcher(TorchFunctionMode):
                 return multi_head_attention(*args, **kwargs)
         out = func(*args, **kwargs)
         see = SEEN.get(func)
-        if see is not None and is_ordinary(out):
-            see(self, out, *args, **kwargs)
-        optimizer = self.optimizer()
-        if optimizer is not None and optimizer.attention is not None:
-            optimizer.attention.see(func, out, args, kwargs)
+        attention = getattr(self.optimizer(), "attention", None)
+        if (see is not None or attention is not None) and self.sees(out):
+            if see is not None:
+                see(self, out, *args, **kwargs)
+            if attention is not None:
+                attention.see(func, out, args, kwargs)
         return out
+
+    def sees(self, out):
+        """A plain tensor that will be backpropagated: no fake or functional one, no transform's."""
+        return (torch.is_grad_enabled() and type(out) is torch.Tensor and out.requires_grad
+                and out.numel() > 0 and torch._C._functorch.peek_interpreter_stack() is None)
 
     def find(self, weight):
         """(layer, its rows that this tensor holds, is it transposed?) or None."""
@@ -233,8 +242,8 @@ class Watcher(TorchFunctionMode):
         layer.found = {"plain": why}
         layer.drop()
 
-    def record(self, found, kind, x, out, bias, **details):
-        """Measure a use of a layer; its sums are pending from when it is backpropagated."""
+    def use_of(self, found, kind, x, out, bias, **details):
+        """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
         layer, rows, _ = found
         blocks, size = slice(None), layer.out // layer.blocks
         if kind != layer.kind:
@@ -245,18 +254,26 @@ class Watcher(TorchFunctionMode):
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
             return self.contradict(layer, "its bias is another one than its module's")
-        if not layer.on:
-            return
-        optimizer, shape = self.optimizer(), out.shape
-        use = Use(kind, x.detach(), out, shape, 0, blocks, call=self.call, **details)
+        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks, call=self.call,
+                  **details)
         if kind == "conv":
             if use.geometry.groups != layer.blocks:
                 return self.contradict(layer, "its convolution has other groups")
-            use.x = x.detach() if x.dim() == 4 else x.detach()[None]
-            use.shape = shape if len(shape) == 4 else torch.Size((1, *shape))
+            if x.dim() == 3:
+                use.x, use.shape = use.x[None], torch.Size((1, *out.shape))
             use.rows = use.shape[0] * use.shape[2] * use.shape[3]
         else:
             use.rows = x.numel() // (x.shape[-1] if kind == "linear" else layer.weight.numel())
+        return use
+
+    def record(self, found, kind, x, out, bias, **details):
+        """Measure a use of a layer; its sums are pending from when it is backpropagated."""
+        layer, optimizer = found[0], self.optimizer()
+        use = self.use_of(found, kind, x, out, bias, **details) if layer.on else None
+        if use is None:
+            return
+        if kind == "linear" and optimizer.attention is not None:
+            optimizer.attention.note(layer, found[1], x, out)
         with torch.no_grad(), full_precision(out.device.type):
             sums, rows = optimizer.measure(layer, use)
         use.x = use.out = None
@@ -276,7 +293,7 @@ class Watcher(TorchFunctionMode):
                 layer.drop()
             layer.backward = backward
             for name, total in sums.items():
-                layer.add(name, total, rows, use.blocks)
+                layer.add(name, total, rows, optimizer.blocks_of(layer, use))
             if optimizer.needs_gradients and use.kind != "values":
                 with torch.no_grad(), full_precision(grad.device.type):
                     optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))
@@ -347,12 +364,6 @@ def watch(model, watcher, hooked):
 
 def is_exporting():
     return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
-
-
-def is_ordinary(out):
-    """A plain tensor that will be backpropagated: no fake or functional one, no transform's."""
-    return (torch.is_grad_enabled() and type(out) is torch.Tensor and out.requires_grad
-            and out.numel() > 0 and torch._C._functorch.peek_interpreter_stack() is None)
 
 
 def has_bias(layer, bias, rows):

@@ -127,6 +127,10 @@ class Preconditioner(torch.optim.Optimizer):
         for name, total in self.measure_gradient(layer, use, grad).items():
             layer.add(name, total, 0, use.blocks)
 
+    def blocks_of(self, layer, use):
+        """The layer's blocks to which the sums of a use belong."""
+        return use.blocks
+
     def forward_ended(self):
         """The model's forward pass is over."""
 
@@ -134,10 +138,12 @@ class Preconditioner(torch.optim.Optimizer):
 
     def begin_step(self):
         """Tell the watcher whether the coming step's batch counts; note the step in the state."""
-        for layer, group in self.grouped():
-            layer.on = self.steps % group["tcov"] == 0
-            if "updates" in self.state.get(layer.weight, {}):
-                self.state[layer.weight]["step"] = self.steps
+        for group in self.param_groups:
+            for layer in filter(None, map(self.layers.get, group["params"])):
+                state = self.state.get(layer.weight, {})
+                layer.on = self.steps % group["tcov"] == 0 and not state.get("fixed", False)
+                if "updates" in state:
+                    state["step"] = self.steps
         self.watcher.reset()
         self.watcher.on = any(layer.on for layer, _ in self.grouped())
 
@@ -152,8 +158,7 @@ class Preconditioner(torch.optim.Optimizer):
         if self.model is None:
             raise RuntimeError(f"{type(self).__name__}: this optimizer was copied or unpickled and "
                                "has no model; make a new one and load this one's state_dict()")
-        due = [(layer, group) for layer, group in self.grouped()
-               if self.steps % group["tcov"] == 0]
+        due = [(layer, group) for layer, group in self.grouped() if layer.on]
         if not due:
             return
         for layer, _ in due:
