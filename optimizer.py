@@ -322,6 +322,7 @@ class Preconditioner(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, params):
             if p in self.layers:
+                self.set_up(self.layers[p])        # its shapes may follow from loaded options
                 self.restore(self.layers[p], kept[0]["state"].get(i, {}))
         self.steps = max([state.get("step", 0) for state in self.state.values()], default=0)
         self.captured = False
