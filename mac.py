@@ -298,8 +298,8 @@ class MAC(PreconditionedSGD):
 
     def blocks_of(self, layer, use):
         values = layer.found.get("values", (1, ()))[1]
-        if use.kind == "values":
-            return list(values)
+        if use.kind == "values" or not values:
+            return list(values) or use.blocks
         times = layer.blocks // use.of
         start, stop, _ = use.blocks.indices(use.of)
         return [i for i in range(start * times, stop * times) if i not in values]

@@ -505,15 +505,15 @@ def stacks(grouped):
     """
     found = {}
     for layer, group in grouped:
-        weight, shapes = layer.weight, layer.measured | layer.prepared
-        kind = (weight.shape, weight.stride(), layer.transposed, tuple(shapes.items()),
-                layer.bias is None, weight.dtype, weight.device, group["damping"])
+        weight, shapes = layer.weight, (layer.measured, layer.prepared)
+        kind = (weight.shape, weight.stride(), layer.transposed, repr(shapes), layer.bias is None,
+                weight.dtype, weight.device, group["damping"])
         found.setdefault(kind, []).append(layer)
-    for (shape, _, _, shapes, *_, damping), layers in found.items():
-        largest = max(torch.Size(s).numel() for s in (shape, *dict(shapes).values()))
-        at_once = max(1, STACK // max(1, largest))
+    for kind, layers in found.items():
+        shapes = [layers[0].weight.shape, *map(torch.Size, layers[0].measured.values())]
+        at_once = max(1, STACK // max(shape.numel() for shape in shapes))
         for i in range(0, len(layers), at_once):
-            yield layers[i:i + at_once], damping
+            yield layers[i:i + at_once], kind[-1]
 
 
 def joined(tensors):
