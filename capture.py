@@ -20,7 +20,6 @@ weight by such an operation is not noticed, except for those in OTHERS.
 import threading
 import types
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
+from precision import full_precision
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -455,34 +455,3 @@ SEEN = dict.fromkeys(OTHERS, other) | {
     F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
         (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm),
         matmul)
-
-
-@contextmanager
-def full_precision(device_type):
-    """float32 products in float32: autocast, TF32 and bf16 modes off inside.
-
-    torch 2.9 gave each backend its own setting and forbids to read the old one once they differ.
-    """
-    with torch.autocast(device_type, enabled=False):
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
-                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
-            before = [backend.fp32_precision for backend in backends]
-            try:
-                for backend in backends:
-                    backend.fp32_precision = "ieee"
-                yield
-            finally:
-                for backend, value in zip(backends, before):
-                    backend.fp32_precision = "none"      # inherited, unless that is another value
-                    if backend.fp32_precision != value:
-                        backend.fp32_precision = value
-        else:
-            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            try:
-                torch.set_float32_matmul_precision("highest")
-                torch.backends.cudnn.allow_tf32 = False
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before[0])
-                torch.backends.cudnn.allow_tf32 = before[1]

@@ -163,8 +163,9 @@ def check(library, name, optimizers=OPTIMIZERS):
 
 
 @pytest.mark.parametrize("library, name", [
-    ("torchvision", "swin_v2_t"), ("torchvision", "mobilenet_v3_small"), ("timm", "xcit_nano_12_p16_224"),
-    ("timm", "resnetv2_50x1_bit"), ("timm", "levit_128s"), ("timm", "convnextv2_atto")])
+    ("torchvision", "swin_v2_t"), ("torchvision", "mobilenet_v3_small"),
+    ("timm", "xcit_nano_12_p16_224"), ("timm", "resnetv2_50x1_bit"), ("timm", "levit_128s"),
+    ("timm", "convnextv2_atto")])
 def test_zoo(library, name):
     *_, error, layer, wrong = check(library, name)
     assert not wrong
