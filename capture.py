@@ -57,7 +57,8 @@ class Layer:
         self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
-        self.found = {}                  # what uses have shown; {"plain": why} ends preconditioning
+        # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
+        self.found = {}
         self.measured = self.prepared = {}   # {name in state: shape (blocks, ...)}, by set_up
         self.on = True                   # does this step's batch count?
         self.backward = None             # the backward pass that brought the latest sums
@@ -252,7 +253,7 @@ class Watcher(TorchFunctionMode):
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
-            return self.contradict(layer, "its bias is another one than its module's")
+            self.optimizer().part_with_bias(layer)
         use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks, call=self.call,
                   **details)
         if kind == "conv":

@@ -112,6 +112,15 @@ class Preconditioner(torch.optim.Optimizer):
         watch(self.model, self.watcher, self.hooked)
         self.begin_step()
 
+    def part_with_bias(self, layer):
+        """The layer was used with another bias than its module's (SwinV2's is computed): from now
+        on its rows are a, not [a; 1], and its bias, if it has a gradient, takes the plain step."""
+        layer.bias, layer.found["bias"] = None, "apart"
+        layer.drop()
+        for name in ("updates", *layer.measured, *layer.prepared):
+            self.state.get(layer.weight, {}).pop(name, None)
+        self.set_up(layer)
+
     def candidates(self):
         return candidates(self.model, self.kinds)
 
@@ -139,6 +148,8 @@ class Preconditioner(torch.optim.Optimizer):
                 layer.on = self.steps % group["tcov"] == 0 and not state.get("fixed", False)
                 if "updates" in state:
                     state["step"] = self.steps
+                    if "bias" in layer.found:
+                        state["bias"] = layer.found["bias"]
         self.watcher.reset()
         self.watcher.on = any(layer.on for layer, _ in self.grouped())
 
@@ -283,6 +294,8 @@ class Preconditioner(torch.optim.Optimizer):
         """Take over what another rank's uses have shown of a layer."""
         if "plain" in found and "plain" not in layer.found:
             self.watcher.contradict(layer, found["plain"])
+        elif "bias" in found and "bias" not in layer.found:
+            self.part_with_bias(layer)
 
     # ---- the rest of torch's interface ----
 
@@ -331,6 +344,9 @@ class Preconditioner(torch.optim.Optimizer):
 
     def restore(self, layer, saved):
         """A layer's statistics as they were saved, checked against what it measures."""
+        if "bias" in saved and layer.bias is not None:
+            self.part_with_bias(layer)
+            self.state[layer.weight]["updates"] = saved["updates"]
         for name, shape in (layer.measured | layer.prepared).items():
             if name not in saved:
                 if name in layer.measured and saved.get("updates"):
