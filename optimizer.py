@@ -132,7 +132,7 @@ class Preconditioner(torch.optim.Optimizer):
 
     def add_gradient(self, layer, use, grad):
         for name, total in self.measure_gradient(layer, use, grad).items():
-            layer.add(name, total, 0, use.blocks)
+            layer.add(name, total, use.rows, use.blocks)
 
     def blocks_of(self, layer, use):
         """The layer's blocks to which the sums of a use belong."""
