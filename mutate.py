@@ -5,8 +5,8 @@
 
 An edit flips a sign or a comparison, drops a factor, a transpose or a statement, swaps operands,
 arguments or axes, changes a number or a flag. Each is made in a copy of the project in a temporary
-folder, where the tests that matter for the file (TESTS) run until one fails. A survivor is a hole in
-the tests, or an edit that changes nothing (an equivalent one): read it and decide.
+folder, where the tests that matter for the file (TESTS) run until one fails. A survivor is a hole
+in the tests, or an edit that changes nothing (an equivalent one): read it and decide.
 """
 import argparse
 import ast

@@ -1412,8 +1412,9 @@ def kfac_factors(monkeypatch, labels, drawn, fisher="sampled", parts=1, joined=F
     return gradients, {k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k}
 
 
-@pytest.mark.parametrize("options", (dict(), dict(parts=2), dict(parts=2, joined=True),
-                                     dict(parts=3, joined=True), dict(checkpointing=False)), ids=str)
+@pytest.mark.parametrize("options", (
+    dict(), dict(parts=2), dict(parts=2, joined=True), dict(parts=3, joined=True),
+    dict(checkpointing=False)), ids=str)
 @pytest.mark.parametrize("sharing", ("expand", "reduce"))
 def test_kfac_sampled(sharing, options, monkeypatch):
     """Labels of sample_fisher: forced ones give their empirical factors, the true ones ∇."""

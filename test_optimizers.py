@@ -517,7 +517,7 @@ def test_parameter_groups(make):
 
 
 def test_group_options(make):
-    """Two groups do what optimizers with their options do: one step, then state, as weights stay."""
+    """Two groups do what optimizers with their options do: a step, then state, as weights stay."""
     options = [known(make.Optimizer, values) for values in (
         dict(tcov=2, tinv=3, stat_decay=0.9, gamma=0.9, beta=0.5, damping=0.5, weight_decay=0.3),
         dict(tcov=3, tinv=4, stat_decay=0.5, gamma=0.5, beta=0.9, damping=2.0, weight_decay=0.1))]
@@ -660,7 +660,7 @@ def test_stacks_resumed(make):
 
 
 def test_launches(make):
-    """Off steps compute nothing in the passes, and launch as many kernels for 30 layers as for 3."""
+    """Off steps compute nothing in the passes, and launch as much for 30 layers as for 3."""
     counts = {}
     for depth in (3, 30):
         blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4),
@@ -700,9 +700,9 @@ def test_fused(make):
 
 
 @only(*SGD_FAMILY)
-@pytest.mark.parametrize("options", ({}, dict(momentum=0.0), dict(nesterov=True), dict(foreach=True),
-                                     dict(weight_decay=0.1), dict(foreach=False), dict(fused=True),
-                                     dict(maximize=True)), ids=str)
+@pytest.mark.parametrize("options", (
+    {}, dict(momentum=0.0), dict(nesterov=True), dict(weight_decay=0.1), dict(foreach=True),
+    dict(foreach=False), dict(fused=True), dict(maximize=True)), ids=str)
 @pytest.mark.parametrize("resumed", (False, True))
 def test_is_sgd_for_large_damping(make, options, resumed):
     """ρ → ∞ is torch's SGD, with all its options, also where that one's checkpoint is loaded.
