@@ -46,7 +46,8 @@ class Use:
     of: int                         # how many blocks the layer had then
     geometry: Geometry = None       # of a convolution
     norm: dict = None               # of a norm: its other arguments
-    call: object = None             # the call of the model that it belongs to
+    batch: int = None               # in nn.MultiheadAttention, whose rows are (positions, batch)
+    call: object = None             # the call of the model that it belongs to, where K-FAC asks
 
 
 class Layer:
@@ -62,7 +63,7 @@ class Layer:
         self.measured = self.prepared = {}   # {name in state: shape (blocks, ...)}, by set_up
         self.on = True                   # does this step's batch count?
         self.backward = None             # the backward pass that brought the latest sums
-        self.pending = {}                # {name: [Σ over rows, rows per block]}
+        self.drop()
 
     @property
     def active(self):
@@ -79,7 +80,8 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.pending = {}
+        self.pending = {}                # {name: (Σ over rows, rows per block)}
+        self.calls = set()               # the pairs (call of the model, backward pass) behind them
 
     def add(self, name, total, rows, blocks=slice(None)):
         """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks.
@@ -169,8 +171,8 @@ class Watcher(TorchFunctionMode):
         self.layers = {}                       # weight: Layer
         self.on = True                         # set by step(); constant during a forward pass
         self.local = threading.local()         # depth: how many watched modules are being called
-        self.call = Call()
         self.attention = None                  # follows attention through a forward pass, for MAC
+        self.calls = None                      # tells calls of the model apart, for K-FAC
 
     @torch.compiler.disable
     def enter(self, args, kwargs):
@@ -178,33 +180,39 @@ class Watcher(TorchFunctionMode):
         if depth == 0:
             if torch.jit.is_tracing() or self.optimizer() is None:
                 return
-            if torch._C._current_graph_task_id() == -1:    # else an activation checkpoint's rerun
-                self.call = self.call.next(args, kwargs)
+            if self.calls is not None:
+                self.calls.begin(args, kwargs)
             self.__enter__()
         self.local.depth = depth + 1
 
     @torch.compiler.disable
-    def leave(self):
+    def leave(self, output=None):
         depth = getattr(self.local, "depth", 0)
         if depth == 1:
             self.__exit__(None, None, None)
+            if self.calls is not None:
+                self.calls.end(output)
             if self.attention is not None:
                 self.attention.forget()
         self.local.depth = max(0, depth - 1)
 
     def reset(self):
-        """End what an interrupted forward pass (Ctrl-C) left on, and begin with no call."""
+        """End what an interrupted forward pass (Ctrl-C) left on."""
         if getattr(self.local, "depth", 0):
             self.local.depth = 1
             self.leave()
-        self.call = Call()
 
     @torch.compiler.disable
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self:                                     # so that its parts are seen
-                return multi_head_attention(*args, **kwargs)
+            query = args[0] if args else kwargs["query"]
+            self.local.batch = query.shape[1] if query.dim() == 3 else 1
+            try:
+                with self:                                 # so that its parts are seen
+                    return multi_head_attention(*args, **kwargs)
+            finally:
+                self.local.batch = None
         out = func(*args, **kwargs)
         see = SEEN.get(func)
         if (see is not None or self.attention is not None) and self.sees(out):
@@ -254,8 +262,8 @@ class Watcher(TorchFunctionMode):
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
             self.optimizer().part_with_bias(layer)
-        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks, call=self.call,
-                  **details)
+        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks,
+                  batch=getattr(self.local, "batch", None), **details)
         if kind == "conv":
             if use.geometry.groups != layer.blocks:
                 return self.contradict(layer, "its convolution has other groups")
@@ -302,22 +310,6 @@ class Watcher(TorchFunctionMode):
         (out._base if out._is_view() else out).register_hook(arrived)
 
 
-class Call:
-    """One call of the model: the sizes of its first tensor, by which K-FAC counts loss terms."""
-
-    def __init__(self, shape=None):
-        self.shape = shape
-
-    def next(self, args, kwargs):
-        """The call that begins with these arguments; a part that goes on from an earlier part's
-        output (a decoder after its encoder) belongs to this one."""
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs))
-                   if isinstance(x, torch.Tensor) and x.dim()]
-        if self.shape is not None and any(x.requires_grad and x.grad_fn for x in tensors):
-            return self
-        return Call(tensors[0].shape if tensors else torch.Size())
-
-
 class Hook:
     """Switches the watcher on before a module's forward and off after it.
 
@@ -342,7 +334,7 @@ class Leave(Hook):
     def __call__(self, module, args, output):
         if self.watcher is not None and self.watcher.on and module is self.module \
                 and not is_exporting():
-            self.watcher.leave()
+            self.watcher.leave(output)
 
 
 def watch(model, watcher, hooked):

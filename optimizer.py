@@ -242,7 +242,7 @@ class Preconditioner(torch.optim.Optimizer):
             if any(each):
                 found.setdefault(layer, {})[name] = part.view(shape)
                 blocks += part.view(shape).unbind()
-                divisors += [max(n, 1) for n in each]
+                divisors += [n or 1 for n in each]
         if blocks:
             torch._foreach_div_(blocks, divisors)
         return {layer: {name: mean.to(layer.weight.device, at_least_float32(layer.weight))
@@ -463,8 +463,8 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
             if state.get("updates") and (self.steps % group["tinv"] == 0
                                          or any(name not in state for name in layer.prepared)):
                 due.append((layer, group))
-        for layers, damping in stacks(due):
-            prepared, failed = self.prepare(damping, **self.gathered(layers, layers[0].measured))
+        parts = list(stacks(due))
+        for (layers, damping), (prepared, failed) in zip(parts, self.prepare_all(parts)):
             if failed is not None and failed.any():
                 bad = layers[failed.view(len(layers), -1).any(1).int().argmax()]
                 raise FloatingPointError(f"{type(self).__name__}: " + self.failure.format(
@@ -474,6 +474,11 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
                 parts = whole.contiguous().split(len(whole) // len(layers))
                 for layer, part in zip(layers, parts):
                     self.state[layer.weight][name] = part
+
+    def prepare_all(self, parts):
+        """prepare() for each of these lists of layers of one shape, with their damping."""
+        for layers, damping in parts:
+            yield self.prepare(damping, **self.gathered(layers, layers[0].measured))
 
     def gathered(self, layers, names):
         """{name: that state of all these layers, their blocks in a row}."""
