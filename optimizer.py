@@ -45,7 +45,6 @@ class Preconditioner(torch.optim.Optimizer):
 
     kinds = {}
     checks = {}                    # option of a group: (is it valid, what is wanted in words)
-    decay = "stat_decay"           # the option that holds β of the average
     needs_gradients = False        # does the method have measure_gradient(layer, use, grad)?
     ignores_gradients = False      # True while gradients flow that are no training step's
     attention = None               # what follows attention through a forward pass, if anything
@@ -125,7 +124,7 @@ class Preconditioner(torch.optim.Optimizer):
 
     def add_gradient(self, layer, use, grad):
         for name, total in self.measure_gradient(layer, use, grad).items():
-            layer.add(name, total, 0, use.blocks)
+            layer.add(name, total, use.rows, use.blocks)
 
     def forward_ended(self):
         """The model's forward pass is over."""
@@ -174,13 +173,17 @@ class Preconditioner(torch.optim.Optimizer):
                     if state[name].dtype != mean.dtype:         # the model's was changed
                         state[name] = state[name].to(mean.dtype)
                     olds, means = averages.setdefault(
-                        (state["updates"], group[self.decay]), ([], []))
+                        (state["updates"], self.past(group)), ([], []))
                     olds.append(state[name])
                     means.append(mean)
                 else:
                     state[name] = mean.clone()                  # the buffer's memory is not kept
         for (updates, decay), (olds, means) in averages.items():
             running_mean(olds, means, updates, decay)
+
+    def past(self, group):
+        """β, the weight of the past in the averages."""
+        return group["stat_decay"]
 
     def check_captured(self, found, due):
         """A step whose gradients came with no statistics at all is no step of this model's."""
@@ -231,7 +234,7 @@ class Preconditioner(torch.optim.Optimizer):
             if any(each):
                 found.setdefault(layer, {})[name] = part.view(shape)
                 blocks += part.view(shape).unbind()
-                divisors += [max(n, 1) for n in each]
+                divisors += [n or 1 for n in each]
         if blocks:
             torch._foreach_div_(blocks, divisors)
         return {layer: {name: mean.to(layer.weight.device, at_least_float32(layer.weight))
