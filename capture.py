@@ -20,7 +20,6 @@ weight by such an operation is not noticed, except for those in OTHERS.
 import threading
 import types
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
+from precision import full_precision
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -43,6 +43,7 @@ class Use:
     shape: torch.Size               # of the output, and so of its gradient; 4-D of a convolution
     rows: int                       # how many rows a the weight multiplied
     blocks: slice                   # those of the layer's blocks whose rows of the weight took part
+    of: int                         # how many blocks the layer had then
     geometry: Geometry = None       # of a convolution
     norm: dict = None               # of a norm: its other arguments
     call: object = None             # the call of the model that it belongs to
@@ -56,7 +57,8 @@ class Layer:
         self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
-        self.found = {}                  # what uses have shown; {"plain": why} ends preconditioning
+        # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
+        self.found = {}
         self.measured = self.prepared = {}   # {name in state: shape (blocks, ...)}, by set_up
         self.on = True                   # does this step's batch count?
         self.backward = None             # the backward pass that brought the latest sums
@@ -80,17 +82,19 @@ class Layer:
         self.pending = {}
 
     def add(self, name, total, rows, blocks=slice(None)):
-        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks."""
+        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks.
+
+        blocks: a slice or a list of numbers.
+        """
         shape = self.measured[name]
-        if name not in self.pending:
-            self.pending[name] = [None, [0] * shape[0]]
-        old, counts = self.pending[name]
+        old, counts = self.pending.get(name, (None, [0] * shape[0]))
         if blocks != slice(None) or len(total) != shape[0]:
             whole = total.new_zeros(shape)
             whole[blocks] = total
             total = whole
-        counts[blocks] = [n + rows for n in counts[blocks]]
-        self.pending[name] = [total if old is None else total + old, counts]
+        for i in range(shape[0])[blocks] if isinstance(blocks, slice) else blocks:
+            counts[i] += rows
+        self.pending[name] = total if old is None else total + old, counts
 
 
 # ---- which weights a model has ----
@@ -166,6 +170,7 @@ class Watcher(TorchFunctionMode):
         self.on = True                         # set by step(); constant during a forward pass
         self.local = threading.local()         # depth: how many watched modules are being called
         self.call = Call()
+        self.attention = None                  # follows attention through a forward pass, for MAC
 
     @torch.compiler.disable
     def enter(self, args, kwargs):
@@ -183,9 +188,8 @@ class Watcher(TorchFunctionMode):
         depth = getattr(self.local, "depth", 0)
         if depth == 1:
             self.__exit__(None, None, None)
-            optimizer = self.optimizer()
-            if optimizer is not None:
-                optimizer.forward_ended()
+            if self.attention is not None:
+                self.attention.forget()
         self.local.depth = max(0, depth - 1)
 
     def reset(self):
@@ -203,12 +207,17 @@ class Watcher(TorchFunctionMode):
                 return multi_head_attention(*args, **kwargs)
         out = func(*args, **kwargs)
         see = SEEN.get(func)
-        if see is not None and is_ordinary(out):
-            see(self, out, *args, **kwargs)
-        optimizer = self.optimizer()
-        if optimizer is not None and optimizer.attention is not None:
-            optimizer.attention.see(func, out, args, kwargs)
+        if (see is not None or self.attention is not None) and self.sees(out):
+            if see is not None:
+                see(self, out, *args, **kwargs)
+            if self.attention is not None:
+                self.attention.see(func, out, args, kwargs)
         return out
+
+    def sees(self, out):
+        """A plain tensor that will be backpropagated: no fake or functional one, no transform's."""
+        return (torch.is_grad_enabled() and type(out) is torch.Tensor and out.requires_grad
+                and out.numel() > 0 and torch._C._functorch.peek_interpreter_stack() is None)
 
     def find(self, weight):
         """(layer, its rows that this tensor holds, is it transposed?) or None."""
@@ -233,8 +242,8 @@ class Watcher(TorchFunctionMode):
         layer.found = {"plain": why}
         layer.drop()
 
-    def record(self, found, kind, x, out, bias, **details):
-        """Measure a use of a layer; its sums are pending from when it is backpropagated."""
+    def use_of(self, found, kind, x, out, bias, **details):
+        """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
         layer, rows, _ = found
         blocks, size = slice(None), layer.out // layer.blocks
         if kind != layer.kind:
@@ -244,19 +253,27 @@ class Watcher(TorchFunctionMode):
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
-            return self.contradict(layer, "its bias is another one than its module's")
-        if not layer.on:
-            return
-        optimizer, shape = self.optimizer(), out.shape
-        use = Use(kind, x.detach(), out, shape, 0, blocks, call=self.call, **details)
+            self.optimizer().part_with_bias(layer)
+        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks, call=self.call,
+                  **details)
         if kind == "conv":
             if use.geometry.groups != layer.blocks:
                 return self.contradict(layer, "its convolution has other groups")
-            use.x = x.detach() if x.dim() == 4 else x.detach()[None]
-            use.shape = shape if len(shape) == 4 else torch.Size((1, *shape))
+            if x.dim() == 3:
+                use.x, use.shape = use.x[None], torch.Size((1, *out.shape))
             use.rows = use.shape[0] * use.shape[2] * use.shape[3]
         else:
             use.rows = x.numel() // (x.shape[-1] if kind == "linear" else layer.weight.numel())
+        return use
+
+    def record(self, found, kind, x, out, bias, **details):
+        """Measure a use of a layer; its sums are pending from when it is backpropagated."""
+        layer, optimizer = found[0], self.optimizer()
+        use = self.use_of(found, kind, x, out, bias, **details) if layer.on else None
+        if use is None:
+            return
+        if kind == "linear" and self.attention is not None:
+            self.attention.note(layer, found[1], x, out)
         with torch.no_grad(), full_precision(out.device.type):
             sums, rows = optimizer.measure(layer, use)
         use.x = use.out = None
@@ -276,7 +293,7 @@ class Watcher(TorchFunctionMode):
                 layer.drop()
             layer.backward = backward
             for name, total in sums.items():
-                layer.add(name, total, rows, use.blocks)
+                layer.add(name, total, rows, optimizer.blocks_of(layer, use))
             if optimizer.needs_gradients and use.kind != "values":
                 with torch.no_grad(), full_precision(grad.device.type):
                     optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))
@@ -347,12 +364,6 @@ def watch(model, watcher, hooked):
 
 def is_exporting():
     return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
-
-
-def is_ordinary(out):
-    """A plain tensor that will be backpropagated: no fake or functional one, no transform's."""
-    return (torch.is_grad_enabled() and type(out) is torch.Tensor and out.requires_grad
-            and out.numel() > 0 and torch._C._functorch.peek_interpreter_stack() is None)
 
 
 def has_bias(layer, bias, rows):
@@ -445,34 +456,3 @@ SEEN = dict.fromkeys(OTHERS, other) | {
     F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
         (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm),
         matmul)
-
-
-@contextmanager
-def full_precision(device_type):
-    """float32 products in float32: autocast, TF32 and bf16 modes off inside.
-
-    torch 2.9 gave each backend its own setting and forbids to read the old one once they differ.
-    """
-    with torch.autocast(device_type, enabled=False):
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
-                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
-            before = [backend.fp32_precision for backend in backends]
-            try:
-                for backend in backends:
-                    backend.fp32_precision = "ieee"
-                yield
-            finally:
-                for backend, value in zip(backends, before):
-                    backend.fp32_precision = "none"      # inherited, unless that is another value
-                    if backend.fp32_precision != value:
-                        backend.fp32_precision = value
-        else:
-            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            try:
-                torch.set_float32_matmul_precision("highest")
-                torch.backends.cudnn.allow_tf32 = False
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before[0])
-                torch.backends.cudnn.allow_tf32 = before[1]
