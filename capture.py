@@ -421,7 +421,7 @@ def norm(watcher, out, x, weight, bias, **rest):
 def batch_norm(watcher, out, input, running_mean, running_var, weight=None, bias=None,
                training=False, momentum=0.1, eps=1e-5):
     norm(watcher, out, input, weight, bias, eps=eps, mean=None if training else running_mean,
-         var=None if training else running_var, per_channel=True)
+         var=None if training else running_var)
 
 
 def layer_norm(watcher, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):

@@ -44,7 +44,6 @@ class Preconditioner(torch.optim.Optimizer):
 
     kinds = {}
     checks = {}                    # option of a group: (is it valid, what is wanted in words)
-    decay = "stat_decay"           # the option that holds β of the average
     needs_gradients = False        # does the method have measure_gradient(layer, use, grad)?
     ignores_gradients = False      # True while gradients flow that are no training step's
     failure = "the average of layer {name} cannot be factored with damping {damping}"
@@ -185,13 +184,17 @@ class Preconditioner(torch.optim.Optimizer):
                     if state[name].dtype != mean.dtype:         # the model's was changed
                         state[name] = state[name].to(mean.dtype)
                     olds, means = averages.setdefault(
-                        (state["updates"], group[self.decay]), ([], []))
+                        (state["updates"], self.past(group)), ([], []))
                     olds.append(state[name])
                     means.append(mean)
                 else:
                     state[name] = mean.clone()                  # the buffer's memory is not kept
         for (updates, decay), (olds, means) in averages.items():
             running_mean(olds, means, updates, decay)
+
+    def past(self, group):
+        """β, the weight of the past in the averages."""
+        return group["stat_decay"]
 
     def check_captured(self, found, due):
         """A step whose gradients came with no statistics at all is no step of this model's."""
