@@ -20,7 +20,6 @@ weight by such an operation is not noticed, except for those in OTHERS.
 import threading
 import types
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
+from precision import full_precision
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -58,7 +58,8 @@ class Layer:
         self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
-        self.found = {}                  # what uses have shown; {"plain": why} ends preconditioning
+        # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
+        self.found = {}
         self.measured = self.prepared = {}   # {name in state: shape (blocks, ...)}, by set_up
         self.on = True                   # does this step's batch count?
         self.backward = None             # the backward pass that brought the latest sums
@@ -260,7 +261,7 @@ class Watcher(TorchFunctionMode):
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
-            return self.contradict(layer, "its bias is another one than its module's")
+            self.optimizer().part_with_bias(layer)
         use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks,
                   batch=getattr(self.local, "batch", None), **details)
         if kind == "conv":
@@ -420,7 +421,7 @@ def norm(watcher, out, x, weight, bias, **rest):
 def batch_norm(watcher, out, input, running_mean, running_var, weight=None, bias=None,
                training=False, momentum=0.1, eps=1e-5):
     norm(watcher, out, input, weight, bias, eps=eps, mean=None if training else running_mean,
-         var=None if training else running_var, per_channel=True)
+         var=None if training else running_var)
 
 
 def layer_norm(watcher, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -447,34 +448,3 @@ SEEN = dict.fromkeys(OTHERS, other) | {
     F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
         (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm),
         matmul)
-
-
-@contextmanager
-def full_precision(device_type):
-    """float32 products in float32: autocast, TF32 and bf16 modes off inside.
-
-    torch 2.9 gave each backend its own setting and forbids to read the old one once they differ.
-    """
-    with torch.autocast(device_type, enabled=False):
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
-                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
-            before = [backend.fp32_precision for backend in backends]
-            try:
-                for backend in backends:
-                    backend.fp32_precision = "ieee"
-                yield
-            finally:
-                for backend, value in zip(backends, before):
-                    backend.fp32_precision = "none"      # inherited, unless that is another value
-                    if backend.fp32_precision != value:
-                        backend.fp32_precision = value
-        else:
-            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            try:
-                torch.set_float32_matmul_precision("highest")
-                torch.backends.cudnn.allow_tf32 = False
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before[0])
-                torch.backends.cudnn.allow_tf32 = before[1]

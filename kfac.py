@@ -114,11 +114,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from calls import Call, Calls, check_terms, count_terms
-from capture import full_precision
 from covariance import (damped_cholesky, eigenbasis, gram, input_covariance, mean_eigenvalue, pack,
                         pixel_gram, side, solve_right, unpack)
 from optimizer import PreconditionedSGD, world_size
-from patches import at_least_float32, patch_sum
+from patches import patch_sum
+from precision import at_least_float32, full_precision
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) are factored at a time
 
