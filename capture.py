@@ -137,10 +137,11 @@ def layers_of(name, module):
     if isinstance(module, nn.MultiheadAttention):
         E, b = module.embed_dim, own.get("in_proj_bias")
         if "in_proj_weight" in own:
-            yield Layer(f"{name}.in_proj_weight".lstrip("."), own["in_proj_weight"], b, "linear", 3)
+            yield Layer(f"{name}.in_proj_weight".lstrip("."), own["in_proj_weight"], b,
+                        "projection", 3)
         for i, key in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
             if key in own:
-                yield Layer(f"{name}.{key}".lstrip("."), own[key], b, "linear",
+                yield Layer(f"{name}.{key}".lstrip("."), own[key], b, "projection",
                             bias_rows=slice(i * E, i * E + E))
     elif weight is None:
         return
@@ -254,7 +255,7 @@ class Watcher(TorchFunctionMode):
         """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
         layer, rows, _ = found
         blocks, size = slice(None), layer.out // layer.blocks
-        if kind != layer.kind:
+        if kind != layer.kind and (kind, layer.kind) != ("linear", "projection"):
             return self.contradict(layer, f"it is used as the weight of a {kind}")
         if kind == "linear" and rows != slice(0, layer.out):
             if rows.start % size or rows.stop % size:

@@ -116,8 +116,9 @@ import torch.nn.functional as F
 from calls import Call, Calls, check_terms, count_terms
 from covariance import (damped_cholesky, gram, input_covariance, pack, pixel_gram, solve_right,
                         unpack)
-from optimizer import PreconditionedSGD, world_size
+from optimizer import PreconditionedSGD
 from patches import patch_sum
+from pooling import world_size
 from precision import at_least_float32, full_precision
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) are factored at a time

@@ -153,7 +153,7 @@ class MAC(PreconditionedSGD):
     """
 
     first = None                   # the weight of the layer of (5)
-    kinds = dict(linear="mean input", conv="mean input")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "mean input")
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
 

@@ -223,7 +223,7 @@ class NysAct(PreconditionedSGD):
         what its group had when it was found; load_state_dict takes the checkpoint's.
     """
 
-    kinds = dict(linear="sketched covariance", conv="sketched covariance")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "sketched covariance")
     checks = PreconditionedSGD.checks | dict(
         rank=(lambda v: v >= 1 and v % 1 == 0, "a whole number, 1 or more"),
         sketch=(lambda v: v in ("gaussian", "subcolumns"), "'gaussian' or 'subcolumns'"),
