@@ -169,6 +169,7 @@ class Watcher(TorchFunctionMode):
         self.on = True                         # set by step(); constant during a forward pass
         self.local = threading.local()         # depth: how many watched modules are being called
         self.call = Call()
+        self.attention = None                  # follows attention through a forward pass, for MAC
 
     @torch.compiler.disable
     def enter(self, args, kwargs):
@@ -186,9 +187,8 @@ class Watcher(TorchFunctionMode):
         depth = getattr(self.local, "depth", 0)
         if depth == 1:
             self.__exit__(None, None, None)
-            optimizer = self.optimizer()
-            if optimizer is not None:
-                optimizer.forward_ended()
+            if self.attention is not None:
+                self.attention.forget()
         self.local.depth = max(0, depth - 1)
 
     def reset(self):
@@ -206,12 +206,11 @@ class Watcher(TorchFunctionMode):
                 return multi_head_attention(*args, **kwargs)
         out = func(*args, **kwargs)
         see = SEEN.get(func)
-        attention = getattr(self.optimizer(), "attention", None)
-        if (see is not None or attention is not None) and self.sees(out):
+        if (see is not None or self.attention is not None) and self.sees(out):
             if see is not None:
                 see(self, out, *args, **kwargs)
-            if attention is not None:
-                attention.see(func, out, args, kwargs)
+            if self.attention is not None:
+                self.attention.see(func, out, args, kwargs)
         return out
 
     def sees(self, out):
@@ -272,8 +271,8 @@ class Watcher(TorchFunctionMode):
         use = self.use_of(found, kind, x, out, bias, **details) if layer.on else None
         if use is None:
             return
-        if kind == "linear" and optimizer.attention is not None:
-            optimizer.attention.note(layer, found[1], x, out)
+        if kind == "linear" and self.attention is not None:
+            self.attention.note(layer, found[1], x, out)
         with torch.no_grad(), full_precision(out.device.type):
             sums, rows = optimizer.measure(layer, use)
         use.x = use.out = None

@@ -151,6 +151,7 @@ class MAC(PreconditionedSGD):
         False, all layers by (3). ValueError if there is no such layer, or its d is above 2¹⁴.
     """
 
+    first = None                   # the weight of the layer of (5)
     kinds = dict(linear="mean input", conv="mean input")
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
@@ -165,11 +166,11 @@ class MAC(PreconditionedSGD):
                  maximize=maximize, foreach=foreach, fused=fused),
             dict(decoupled_weight_decay=decoupled_weight_decay, damping=damping,
                  stat_decay=stat_decay, tcov=tcov, tinv=tinv))
-        self.attention = Attention(self.watcher)
+        self.watcher.attention = Attention(self.watcher)
 
     def set_up(self, layer):
         d = layer.d
-        if layer is self.first:
+        if layer.weight is self.first:
             layer.measured = {"covariance": (layer.blocks, d * (d + 1) // 2)}
             layer.prepared = {"factor": (layer.blocks, d, d)}
         else:
@@ -178,7 +179,7 @@ class MAC(PreconditionedSGD):
 
     def measure(self, layer, use):
         bias = layer.bias is not None
-        if layer is self.first:
+        if layer.weight is self.first:
             return {"covariance": input_covariance(use, bias)}, use.rows
         return {"mean": input_sum(use, bias)}, use.rows
 
@@ -194,7 +195,7 @@ class MAC(PreconditionedSGD):
         return precondition(G, applied, damping)                                           # (3)
 
     def how(self, layer):
-        if layer is self.first:
+        if layer.weight is self.first:
             return "input covariance"
         values = layer.found.get("values", (1, ()))[1]
         return "mean attended input" if len(values) == layer.blocks else \
@@ -203,8 +204,8 @@ class MAC(PreconditionedSGD):
     # ---- the first layer ----
 
     def find_first(self, layers):
-        """The layer of (5), among {weight: Layer} in modules() order, or None."""
-        by_name = {layer.name: layer for layer in layers.values()}
+        """The weight of the layer of (5), among {weight: Layer} in modules() order, or None."""
+        by_name = {layer.name: layer.weight for layer in layers.values()}
         if isinstance(self.input_covariance, str):
             if self.input_covariance not in by_name:
                 raise ValueError(f"MAC: input_covariance={self.input_covariance!r} names no layer; "
@@ -214,19 +215,18 @@ class MAC(PreconditionedSGD):
             if isinstance(module, FIRST_ELSEWHERE):
                 return None
             for layer in layers_of(name, module):
-                layer = layers.get(layer.weight)
-                if layer is not None and layer.weight.requires_grad:
-                    return None if PROJECTION.fullmatch(name.split(".")[-1]) else layer
+                if layer.weight in layers and layer.weight.requires_grad:
+                    return None if PROJECTION.fullmatch(name.split(".")[-1]) else layer.weight
         return None
 
     def candidates(self):
         layers = super().candidates()
         if self.first is None:
             self.first = self.find_first(layers)
-        if self.first is not None and self.first.d > 2 ** 14:
-            raise ValueError(
-                f"MAC: the input covariance of the first layer, {self.first.name}, would be "
-                f"{self.first.d}×{self.first.d}: use input_covariance=False")
+        first = layers.get(self.first)
+        if first is not None and first.d > 2 ** 14:
+            raise ValueError(f"MAC: the input covariance of the first layer, {first.name}, would "
+                             f"be {first.d}×{first.d}: use input_covariance=False")
         return layers
 
     @torch.no_grad()
@@ -237,8 +237,8 @@ class MAC(PreconditionedSGD):
         them, on all ranks. The model runs without gradients up to its first layer; its buffers and
         mode stay as they are. Raises ValueError if no layer has an input covariance, or no batch.
         """
-        layer = self.first
-        if layer is None or layer.weight not in self.layers:
+        layer = self.layers.get(self.first)
+        if layer is None:
             raise ValueError("MAC: calibrate() has no first layer with an input covariance")
         model = self.model
         while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
@@ -275,7 +275,7 @@ class MAC(PreconditionedSGD):
         that cannot be: then they keep the plain mean."""
         found = value_blocks(rows, layer.out, layer.blocks)
         known = layer.found.get("values")
-        if layer is self.first or found is None:
+        if layer.weight is self.first or found is None:
             return False
         if known is None or known[0] == found[0] and known[1] == found[1]:
             self.divide(layer, *found)
@@ -319,14 +319,11 @@ class MAC(PreconditionedSGD):
         for layer in self.layers.values():
             if "values" in layer.found and "updates" in self.state.get(layer.weight, {}):
                 blocks, values = layer.found["values"]
-                self.state[layer.weight]["values"] = [blocks, list(values)]
-
-    def forward_ended(self):
-        self.attention.forget()
+                self.state[layer.weight]["values"] = [blocks, *values]
 
     def restore(self, layer, saved):
         if "values" in saved:
-            blocks, values = saved["values"]
+            blocks, *values = saved["values"]
             if blocks % layer.blocks == 0 and layer.out % blocks == 0:
                 self.divide(layer, blocks, values)
         super().restore(layer, saved)
@@ -341,10 +338,10 @@ class Calibration(Watcher):
 
     def __init__(self, optimizer):
         super().__init__(optimizer)
-        self.layers = {optimizer.first.weight: optimizer.first}
+        self.layers = {optimizer.first: optimizer.layers[optimizer.first]}
 
     def sees(self, out):
-        return out.numel() > 0
+        return isinstance(out, torch.Tensor) and out.numel() > 0
 
     def record(self, found, kind, x, out, bias, **details):
         layer, use = found[0], self.use_of(found, kind, x, out, bias, **details)

@@ -49,7 +49,6 @@ class Preconditioner(torch.optim.Optimizer):
     decay = "stat_decay"           # the option that holds β of the average
     needs_gradients = False        # does the method have measure_gradient(layer, use, grad)?
     ignores_gradients = False      # True while gradients flow that are no training step's
-    attention = None               # what follows attention through a forward pass, if anything
     failure = "the average of layer {name} cannot be factored with damping {damping}"
 
     def __init__(self, model, params, torch_options, options):
@@ -132,9 +131,6 @@ class Preconditioner(torch.optim.Optimizer):
     def blocks_of(self, layer, use):
         """The layer's blocks to which the sums of a use belong."""
         return use.blocks
-
-    def forward_ended(self):
-        """The model's forward pass is over."""
 
     # ---- the averages ----
 
