@@ -20,7 +20,6 @@ weight by such an operation is not noticed, except for those in OTHERS.
 import threading
 import types
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
+from precision import full_precision
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -46,7 +46,8 @@ class Use:
     of: int                         # how many blocks the layer had then
     geometry: Geometry = None       # of a convolution
     norm: dict = None               # of a norm: its other arguments
-    call: object = None             # the call of the model that it belongs to
+    batch: int = None               # in nn.MultiheadAttention, whose rows are (positions, batch)
+    call: object = None             # the call of the model that it belongs to, where K-FAC asks
 
 
 class Layer:
@@ -57,11 +58,12 @@ class Layer:
         self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
-        self.found = {}                  # what uses have shown; {"plain": why} ends preconditioning
+        # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
+        self.found = {}
         self.measured = self.prepared = {}   # {name in state: shape (blocks, ...)}, by set_up
         self.on = True                   # does this step's batch count?
         self.backward = None             # the backward pass that brought the latest sums
-        self.pending = {}                # {name: [Σ over rows, rows per block]}
+        self.drop()
 
     @property
     def active(self):
@@ -78,7 +80,8 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.pending = {}
+        self.pending = {}                # {name: (Σ over rows, rows per block)}
+        self.calls = set()               # the pairs (call of the model, backward pass) behind them
 
     def add(self, name, total, rows, blocks=slice(None)):
         """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks.
@@ -168,8 +171,8 @@ class Watcher(TorchFunctionMode):
         self.layers = {}                       # weight: Layer
         self.on = True                         # set by step(); constant during a forward pass
         self.local = threading.local()         # depth: how many watched modules are being called
-        self.call = Call()
         self.attention = None                  # follows attention through a forward pass, for MAC
+        self.calls = None                      # tells calls of the model apart, for K-FAC
 
     @torch.compiler.disable
     def enter(self, args, kwargs):
@@ -177,33 +180,39 @@ class Watcher(TorchFunctionMode):
         if depth == 0:
             if torch.jit.is_tracing() or self.optimizer() is None:
                 return
-            if torch._C._current_graph_task_id() == -1:    # else an activation checkpoint's rerun
-                self.call = self.call.next(args, kwargs)
+            if self.calls is not None:
+                self.calls.begin(args, kwargs)
             self.__enter__()
         self.local.depth = depth + 1
 
     @torch.compiler.disable
-    def leave(self):
+    def leave(self, output=None):
         depth = getattr(self.local, "depth", 0)
         if depth == 1:
             self.__exit__(None, None, None)
+            if self.calls is not None:
+                self.calls.end(output)
             if self.attention is not None:
                 self.attention.forget()
         self.local.depth = max(0, depth - 1)
 
     def reset(self):
-        """End what an interrupted forward pass (Ctrl-C) left on, and begin with no call."""
+        """End what an interrupted forward pass (Ctrl-C) left on."""
         if getattr(self.local, "depth", 0):
             self.local.depth = 1
             self.leave()
-        self.call = Call()
 
     @torch.compiler.disable
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self:                                     # so that its parts are seen
-                return multi_head_attention(*args, **kwargs)
+            query = args[0] if args else kwargs["query"]
+            self.local.batch = query.shape[1] if query.dim() == 3 else 1
+            try:
+                with self:                                 # so that its parts are seen
+                    return multi_head_attention(*args, **kwargs)
+            finally:
+                self.local.batch = None
         out = func(*args, **kwargs)
         see = SEEN.get(func)
         if (see is not None or self.attention is not None) and self.sees(out):
@@ -252,9 +261,9 @@ class Watcher(TorchFunctionMode):
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
-            return self.contradict(layer, "its bias is another one than its module's")
-        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks, call=self.call,
-                  **details)
+            self.optimizer().part_with_bias(layer)
+        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks,
+                  batch=getattr(self.local, "batch", None), **details)
         if kind == "conv":
             if use.geometry.groups != layer.blocks:
                 return self.contradict(layer, "its convolution has other groups")
@@ -301,22 +310,6 @@ class Watcher(TorchFunctionMode):
         (out._base if out._is_view() else out).register_hook(arrived)
 
 
-class Call:
-    """One call of the model: the sizes of its first tensor, by which K-FAC counts loss terms."""
-
-    def __init__(self, shape=None):
-        self.shape = shape
-
-    def next(self, args, kwargs):
-        """The call that begins with these arguments; a part that goes on from an earlier part's
-        output (a decoder after its encoder) belongs to this one."""
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs))
-                   if isinstance(x, torch.Tensor) and x.dim()]
-        if self.shape is not None and any(x.requires_grad and x.grad_fn for x in tensors):
-            return self
-        return Call(tensors[0].shape if tensors else torch.Size())
-
-
 class Hook:
     """Switches the watcher on before a module's forward and off after it.
 
@@ -341,7 +334,7 @@ class Leave(Hook):
     def __call__(self, module, args, output):
         if self.watcher is not None and self.watcher.on and module is self.module \
                 and not is_exporting():
-            self.watcher.leave()
+            self.watcher.leave(output)
 
 
 def watch(model, watcher, hooked):
@@ -428,7 +421,7 @@ def norm(watcher, out, x, weight, bias, **rest):
 def batch_norm(watcher, out, input, running_mean, running_var, weight=None, bias=None,
                training=False, momentum=0.1, eps=1e-5):
     norm(watcher, out, input, weight, bias, eps=eps, mean=None if training else running_mean,
-         var=None if training else running_var, per_channel=True)
+         var=None if training else running_var)
 
 
 def layer_norm(watcher, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -455,34 +448,3 @@ SEEN = dict.fromkeys(OTHERS, other) | {
     F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
         (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm),
         matmul)
-
-
-@contextmanager
-def full_precision(device_type):
-    """float32 products in float32: autocast, TF32 and bf16 modes off inside.
-
-    torch 2.9 gave each backend its own setting and forbids to read the old one once they differ.
-    """
-    with torch.autocast(device_type, enabled=False):
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
-                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
-            before = [backend.fp32_precision for backend in backends]
-            try:
-                for backend in backends:
-                    backend.fp32_precision = "ieee"
-                yield
-            finally:
-                for backend, value in zip(backends, before):
-                    backend.fp32_precision = "none"      # inherited, unless that is another value
-                    if backend.fp32_precision != value:
-                        backend.fp32_precision = value
-        else:
-            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            try:
-                torch.set_float32_matmul_precision("highest")
-                torch.backends.cudnn.allow_tf32 = False
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before[0])
-                torch.backends.cudnn.allow_tf32 = before[1]

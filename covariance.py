@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-from patches import at_least_float32, image_sum, patch_sum, patches
+from patches import image_sum, patch_sum, patches
+from precision import at_least_float32
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of patches at a time
 

@@ -103,7 +103,8 @@ from torch.nn.grad import conv2d_weight
 
 from covariance import damped_cholesky, input_covariance, solve_right, unpack
 from optimizer import PreconditionedSGD
-from patches import at_least_float32, pad
+from patches import pad
+from precision import at_least_float32
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of X S at a time
 

@@ -517,7 +517,7 @@ def test_parameter_groups(make):
 
 
 def test_group_options(make):
-    """Two groups do what optimizers with their options do: one step, then state, as weights stay."""
+    """Two groups do what optimizers with their options do: a step, then state, as weights stay."""
     options = [known(make.Optimizer, values) for values in (
         dict(tcov=2, tinv=3, stat_decay=0.9, gamma=0.9, beta=0.5, damping=0.5, weight_decay=0.3),
         dict(tcov=3, tinv=4, stat_decay=0.5, gamma=0.5, beta=0.9, damping=2.0, weight_decay=0.1))]
@@ -551,39 +551,25 @@ def test_maximize(make):
     close({name: got[name] for name in names}, {name: reference(make)[name] for name in names}, 0)
 
 
-class Encoder(nn.Module):
-    """torch's encoder with a class token; layers that are frozen, unused and tied."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(6, 8)
-        self.token, self.position = nn.Parameter(randn(1, 1, 8)), nn.Parameter(randn(1, 19, 8))
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16)
-        self.frozen, self.unused, self.tied = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
-        self.frozen.requires_grad_(False)
-        self.tied.weight = self.layer.linear1.weight
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.embed(x.flatten(1, 2))                                # (B, 18, 8)
-        x = torch.cat([self.token.expand(len(x), 1, 8), x], 1) + self.position
-        x = self.frozen(self.layer(x.transpose(0, 1))[0])
-        return self.head(self.tied(x)[:, :8])
+def frozen_block():
+    net = make_net()
+    net.block.mlp.requires_grad_(False)
+    return net
 
 
 @pytest.mark.parametrize("build, size", (
-    (lambda: models.resnet20(5), 6), (Encoder, 6),
+    (lambda: models.resnet20(5), 6), (frozen_block, 6),
     (lambda: models.VisionTransformer(6, 2, 24, 2, 3, 5, 3), 6),
     (lambda: models.SwinTransformer(24, 8, (2, 2), (2, 2), 5), 24)),
-    ids=("ResNet", "nn.TransformerEncoderLayer", "ViT", "Swin"))
+    ids=("ResNet", "torch's encoder, frozen and unused layers", "ViT", "Swin"))
 def test_every_parameter_moves(make, build, size):
     net = build().double()
     before = parameters(net)
     usual(net, make(net, weight_decay=0.0),
           [(F.interpolate(x, size) + 0.1 * randn(6, 3, size, size), y) for x, y in make_data(3)])
     for name, p in net.named_parameters():
-        assert torch.equal(p, before[name]) == name.startswith(("frozen", "unused")), name
-        assert p.isfinite().all(), name
+        frozen = not p.requires_grad or name.startswith("extra")
+        assert torch.equal(p, before[name]) == frozen and p.isfinite().all(), name
 
 
 @pytest.mark.parametrize("channels_last_model", (False, True))
@@ -674,7 +660,7 @@ def test_stacks_resumed(make):
 
 
 def test_launches(make):
-    """Off steps compute nothing in the passes, and launch as many kernels for 30 layers as for 3."""
+    """Off steps compute nothing in the passes, and launch as much for 30 layers as for 3."""
     counts = {}
     for depth in (3, 30):
         blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4),
@@ -714,9 +700,9 @@ def test_fused(make):
 
 
 @only(*SGD_FAMILY)
-@pytest.mark.parametrize("options", ({}, dict(momentum=0.0), dict(nesterov=True), dict(foreach=True),
-                                     dict(weight_decay=0.1), dict(foreach=False), dict(fused=True),
-                                     dict(maximize=True)), ids=str)
+@pytest.mark.parametrize("options", (
+    {}, dict(momentum=0.0), dict(nesterov=True), dict(weight_decay=0.1), dict(foreach=True),
+    dict(foreach=False), dict(fused=True), dict(maximize=True)), ids=str)
 @pytest.mark.parametrize("resumed", (False, True))
 def test_is_sgd_for_large_damping(make, options, resumed):
     """ρ → ∞ is torch's SGD, with all its options, also where that one's checkpoint is loaded.

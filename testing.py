@@ -155,7 +155,7 @@ OPTIMIZERS = {       # what holds for all of them is tested with these settings
     "foof": factory(FOOF, **COMMON),
     "nysact": factory(NysAct, rank=5, **COMMON),
     "kfac": factory(KFAC, **COMMON),
-    "adafisher": factory(AdaFisher, **COMMON | dict(lr=1e-3)),
+    "adafisher": factory(AdaFisher, averaging="printed", **COMMON | dict(lr=1e-3)),
     "adafisherw": factory(AdaFisherW, **COMMON | dict(lr=1e-3)),
 }
 SGD_FAMILY = ("mac", "foof", "nysact", "kfac")     # they precondition the gradient for momentum SGD
