@@ -22,6 +22,7 @@ State stands in optimizer.state[weight] under plain names, with "updates" (k) an
 import inspect
 import warnings
 import weakref
+from contextlib import suppress
 
 import torch
 import torch.nn as nn
@@ -80,9 +81,10 @@ class Preconditioner(torch.optim.Optimizer):
     def check(self, group):
         """Raise ValueError, naming the argument and its value, for what the step cannot use."""
         for name, (valid, wanted) in self.checks.items():
-            if not valid(group[name]):
-                raise ValueError(
-                    f"{type(self).__name__}: {name} must be {wanted}, got {group[name]}")
+            with suppress(TypeError):                                # of a string, or None
+                if valid(group[name]):
+                    continue
+            raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {group[name]!r}")
 
     def add_param_group(self, param_group):
         if self.ready and isinstance(param_group, dict):

@@ -21,11 +21,13 @@ formula with matrices formed from explicit rows, `test_transcription` whole runs
                  (7)                              test_kfac_scaling, test_step
                  (8)                              test_geometries
                  the sampled Fisher               test_kfac_sampled, test_kfac_fisher
-    nysact.py    (1), (3), (6)                    test_step, test_geometries, test_nysact_attention
-                 (2)                              test_step, test_nysact_multiplier
-                 (4), (7)                         test_transcription, test_nysact_stationary_input
-                 (5)                              test_nysact_nystrom, test_nysact_rank
-                 what it is for                   test_nysact_condition_number
+    nysact.py    all of it: plain                 test_nysact_plain, test_transcription
+                 (1), (2)                         test_step, test_geometries, test_multihead_...
+                 (3)                              test_nysact_stationary_input
+                 (4), (5)                         test_nysact_nystrom, test_nysact_rank
+                 (6)                              test_step, test_nysact_multiplier
+                 (7)                              test_step, test_nysact_exact_layers
+                 what it is for, errata           test_nysact_condition_number, ..._released
     adafisher.py (1), (5)                         test_step, test_geometries, test_adafisher_golden
                  (2)                              test_adafisher_norm_layers
                  (3), (6), (7)                    test_adafisher_transcription
@@ -54,6 +56,7 @@ import foof
 import kfac
 import models
 import nysact
+import precision
 from adafisher import AdaFisher, AdaFisherW
 from foof import FOOF
 from kfac import KFAC
@@ -215,7 +218,7 @@ def check_step(method, net, call, later=lambda: None):
 
 def sketch_of(optimizer, weight):
     """NysAct's S (blocks, d, r) for this weight."""
-    return optimizer.layers[weight].sketch(torch.zeros(1, dtype=torch.float64))
+    return optimizer.sketch_of(optimizer.layers[weight], randn(1))
 
 
 class Tied(nn.Module):
@@ -1536,8 +1539,8 @@ def test_dead_features():
         vectors, values, failed = kfac.eigenbasis(A)
         assert not failed, seed
         close((vectors * values) @ vectors.mT, A, 1e-5)
-        U, λ, well = nysact.nystrom(A[None] @ S, S)
-        assert well, seed
+        U, λ, failed = nysact.nystrom(A[None] @ S, S)
+        assert not failed, seed
         close(rebuilt(U.double(), λ.double())[0], A, 1e-5)
 
 
@@ -1564,17 +1567,23 @@ kinds = pytest.mark.parametrize("kind", ("gaussian", "subcolumns"))
 @kinds
 @pytest.mark.parametrize("d, r", ((12, 1), (40, 5), (40, 39), (150, 10)))
 def test_nysact_nystrom(d, r, kind):
-    """(5) against Y (SᵀY)⁻¹ Yᵀ; Â S = A S; 0 ⪯ Â ⪯ A."""
+    """(5) against (4); Â S = A S; 0 ⪯ Â ⪯ A."""
     A, S = torch.stack([second_moment(activations(4 * d, d)) for _ in range(3)]), \
         nysact.draw_sketch(3, d, r, kind, 3)
     Y, eigenvalues = A @ S, torch.linalg.eigvalsh
-    U, λ, well = nysact.nystrom(Y, S)
-    assert well.all() and U.shape == (3, d, r) and λ.shape == (3, r)
+    U, λ, failed = nysact.nystrom(Y, S)
+    assert not failed.any() and U.shape == (3, d, r) and λ.shape == (3, r)
     close(rebuilt(U, λ), Y @ torch.linalg.solve(S.mT @ Y, Y.mT), 1e-9)
     close(rebuilt(U, λ) @ S, Y, 1e-12)
     close(U.mT @ U, torch.eye(r).expand(3, r, r), 1e-12)
     at_most(1 + eigenvalues(rebuilt(U, λ) - A)[:, -1] / λ[:, 0], torch.ones(3), 1e-13)
     at_most(torch.cat([λ, -λ]), torch.cat([eigenvalues(A).flip(1)[:, :r], torch.zeros(3, r)]))
+
+
+def outlier(d, κ, τ, S):
+    """A = κvvᵀ + τI, v (d, 1), and c = ‖Sᵀv‖²."""
+    v = torch.linalg.qr(randn(d, 1))[0]
+    return κ * v @ v.T + τ * torch.eye(d).double(), v, (S[0].T @ v).square().sum()
 
 
 @kinds
@@ -1584,18 +1593,19 @@ def test_nysact_rank(kind):
     for rank in (1, 3, 10):
         A = second_moment(activations(50, 60, rank))
         close(rebuilt(*nysact.nystrom(A @ S, S)[:2])[0], A, 1e-9)
+    zero = nysact.nystrom(torch.zeros_like(S), S)[1]          # ν, 1e-154 here, was taken off again
+    assert zero.max() < 1e-160
     A, S = second_moment(activations(99, 30)), nysact.draw_sketch(1, 30, 6, kind, 0)
     M = torch.linalg.qr(randn(6, 6))[0]
     close(rebuilt(*nysact.nystrom(A @ S @ M, S @ M)[:2]),
           rebuilt(*nysact.nystrom(A @ S, S)[:2]), 1e-11)
-    v, λ, σ = torch.linalg.qr(randn(30, 1))[0], 7.0, 0.2    # vᵀÂv = (λ + σ)²s/(λs + σ), s = ‖Sᵀv‖²
-    A, s = λ * v @ v.T + σ * torch.eye(30).double(), (S[0].T @ v).square().sum()
+    A, v, c = outlier(30, 7.0, 0.2, S)
     close(v.T @ rebuilt(*nysact.nystrom(A @ S, S)[:2])[0] @ v,
-          ((λ + σ) ** 2 * s / (λ * s + σ)).view(1, 1), 1e-12)
+          (7.2 ** 2 * c / (7.0 * c + 0.2)).view(1, 1), 1e-12)
 
 
 def test_nysact_multiplier():
-    """(2) at rank one is MAC's (3) over ρ; and Woodbury's form, without an SVD."""
+    """(6) at rank one is MAC's (3) over ρ; and Woodbury's form, without an SVD."""
     x, G = randn(1, 9), randn(5, 9)
     close(0.3 * preconditioned(METHODS["nysact"], x, G, rank=1),
           preconditioned(METHODS["mac"], x, G), 1e-12)
@@ -1606,8 +1616,44 @@ def test_nysact_multiplier():
     close(preconditioned(METHODS["nysact"], X, G), (G - G @ Y @ inner) / ρ, 1e-9)
 
 
+@kinds
+@pytest.mark.parametrize("rank", (4, 1000))
+@pytest.mark.parametrize("layer, shape", (
+    (nn.Linear(6, 5), (7, 3, 6)), (nn.Linear(6, 5, bias=False), (7, 6)),
+    (nn.Conv2d(2, 3, (2, 3), padding="same"), (4, 2, 5, 4)),
+    (nn.Conv2d(2, 3, 3, 2, padding=1, bias=False), (4, 2, 5, 4))), ids=str)
+def test_nysact_plain(layer, shape, rank, kind):
+    """Twelve steps of the class against `plain`."""
+    layer, data = copy.deepcopy(layer).double(), [randn(*shape) + 0.5 for _ in range(12)]
+    options = dict(lr=0.2, momentum=0.9, weight_decay=0.01, damping=0.5, stat_decay=0.9, tcov=2,
+                   tinv=3)
+
+    def as_matrix():
+        bias = () if layer.bias is None else (layer.bias[:, None],)
+        return torch.cat([layer.weight.flatten(1), *bias], 1).detach().clone()
+
+    def step(x):
+        X = F.pad(input_rows(x, layer).flatten(0, 2), (0, int(layer.bias is not None)), value=1.0)
+
+        def at(W):
+            W.requires_grad_()
+            return X, torch.autograd.grad((X @ W.mT).tanh().square().mean(), W)[0]
+        return at
+    optimizer = NysAct(layer, rank=rank, sketch=kind, **options)
+    W = as_matrix()
+    S = torch.eye(W.shape[1]).double()
+    if rank < len(S):
+        S = sketch_of(optimizer, layer.weight)[0]
+    W = nysact.plain(W, S, [step(x) for x in data], **options)
+    for x in data:
+        optimizer.zero_grad()
+        layer(x).tanh().square().mean().backward()
+        optimizer.step()
+    close(as_matrix(), W, 1e-9)
+
+
 def test_nysact_exact_layers():
-    """(6) With d ≤ r every layer is FOOF's, through a whole run; the first above r is not."""
+    """(7) With d ≤ r every layer is FOOF's, through a whole run; the first above r is not."""
     runs = [trained(factory(Optimizer, lr=0.1, weight_decay=1e-2, tcov=2, tinv=3, rank=1000))
             for Optimizer in (NysAct, FOOF)]
     names = parameters(make_net())
@@ -1628,6 +1674,20 @@ def released(A, S, damping):
     L = torch.linalg.cholesky(W + shift * torch.eye(W.shape[-1], dtype=W.dtype))
     U, sigma, _ = torch.linalg.svd(C @ torch.linalg.inv(L), full_matrices=False)
     return U, (sigma.square() - shift).clamp(min=0)
+
+
+@pytest.mark.parametrize("d, r, κ, seen, by_theirs", (
+    (144, 50, 1000.0, (0.9999, 1.0001), (50, 150)), (576, 10, 10.0, (0.93, 0.96), (0, 0)),
+    (576, 10, 100.0, (0.994, 0.996), (0.25, 0.45))))
+def test_nysact_released(d, r, κ, seen, by_theirs):
+    """The shares of an outlier that (5) and the released arithmetic see."""
+    shares = []
+    for seed in range(25):
+        S = nysact.draw_sketch(1, d, r, "gaussian", seed)
+        A, *_ = outlier(d, κ, 0.01, S)
+        shares.append([λ.max() / κ for λ in (nysact.nystrom(A @ S, S)[1], released(A, S, 1.0)[1])])
+    for share, (least, most) in zip(torch.tensor(shares).median(0).values, (seen, by_theirs)):
+        assert least <= share <= most
 
 
 @kinds
@@ -1653,7 +1713,7 @@ def test_nysact_condition_number(r, target, kind):
 
 
 def test_nysact_stationary_input():
-    """(4) The average does not drift: the same batch for 40 steps leaves Y = A S."""
+    """(3) The average does not drift: the same batch for 40 steps leaves Y = A S."""
     X, layer = activations(64, 30), nn.Linear(30, 4, bias=False).double()
     optimizer = NysAct(layer, lr=0.1, tcov=1, tinv=1, rank=6)
     S = sketch_of(optimizer, layer.weight)
@@ -1674,26 +1734,31 @@ def test_nysact_sketches(kind):
     close(S.mT @ S, torch.eye(6).expand(3, 6, 6), 1e-14)
     assert not torch.equal(S[0], S[1])
     assert kind == "gaussian" or ((S == 0) | (S == 1)).all()
-    close(nysact.draw_sketch(2, 5, 5, kind, 0), torch.eye(5).expand(2, 5, 5), 0)
 
-    def drawn(seed=0, noise=0):
+    def drawn(seed=0, noise=0, later=()):
         net = make_net(seed=noise)
-        optimizer = NysAct(net, rank=5, seed=seed, sketch=kind)
+        groups = [{"params": list(part.parameters())} for part in net.children()][::-1]
+        optimizer = NysAct(net, params=[group for i, group in enumerate(groups) if i not in later],
+                           rank=5, seed=seed, sketch=kind)
+        for i in later:
+            optimizer.add_param_group(groups[i])
         torch.rand(noise)                            # the global generator plays no part
         return {name: sketch_of(optimizer, p) for name, p in net.named_parameters()
                 if p in optimizer.layers}
     first, second = drawn(), drawn(1)
     close(drawn(noise=7), first, 0)
+    close(drawn(later=(2, 1)), first, 0)
     assert all(not torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["head.weight"], first["extra.weight"][:, :9])
 
 
-def test_nysact_resumes_the_sketch():
+@pytest.mark.parametrize("rank", (4, 1000))
+def test_nysact_resumes_the_sketch(rank):
     """A checkpoint's rank, sketch and seed come along; another one's average is refused."""
     data, net, other = make_data(4), make_net(), make_net()
     optimizer = NysAct(net, rank=5, seed=3, sketch="subcolumns", tcov=1, tinv=2)
     usual(net, optimizer, data)
-    resumed = NysAct(other, rank=4, seed=4, tcov=1, tinv=2)
+    resumed = NysAct(other, rank=rank, seed=4, tcov=1, tinv=2)
     other.load_state_dict(net.state_dict())
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for model, opt in ((net, optimizer), (other, resumed)):
@@ -1704,6 +1769,13 @@ def test_nysact_resumes_the_sketch():
     resumed.load_state_dict(resumed.state_dict())
     raises(FloatingPointError, ["conv1", "another sketch", "same seed"],
            lambda: usual(other, resumed, data))
+
+
+@pytest.mark.parametrize("name, value", (
+    ("rank", 0), ("rank", 2.5), ("rank", "10"), ("rank", None), ("sketch", "columns"),
+    ("sketch", 1), ("seed", -1), ("seed", 2 ** 32), ("seed", "0"), ("seed", None)))
+def test_nysact_options(name, value):
+    raises(ValueError, [name, repr(value)], lambda: NysAct(nn.Linear(4, 3), **{name: value}))
 
 
 @kinds
@@ -1790,7 +1862,8 @@ def test_nysact_memory(layer, shape):
     patches = len(x) * positions * d * getattr(layer, "groups", 1)
     padded = x[0, 0].numel() if y.dim() == 2 else (x.shape[2] + 4) * (x.shape[3] + 4)
     image = len(x) * x.shape[1] * (padded if x.dim() == 4 else 1)
-    bound = max(layer.weight.numel() + 32, 20 * len(x) * positions, y.numel(), image, 30 * d)
+    G = layer.weight.numel() + layer.bias.numel()
+    bound = max(G, 20 * len(x) * positions, y.numel(), image, 30 * d)
     assert found.largest[0] <= bound < d * d and (x.dim() == 2 or bound < patches), found.largest
 
 
@@ -1820,7 +1893,7 @@ def test_nysact_precision():
         for device, ours in (("cpu", backends[1::2]), ("cuda", backends[::2])):
             with contextlib.suppress(KeyError), warnings.catch_warnings():
                 warnings.simplefilter("ignore")          # autocast's, where there is no GPU
-                with nysact.full_precision(device):
+                with precision.full_precision(device):
                     assert {backend.fp32_precision for backend in ours} == {"ieee"}
                     raise KeyError
         assert [backend.fp32_precision for backend in backends] == mine
