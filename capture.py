@@ -54,7 +54,8 @@ class Layer:
 
     def __init__(self, name, weight, bias, kind, blocks=1, bias_rows=None, transposed=False):
         self.name, self.weight, self.bias, self.kind = name, weight, bias, kind
-        self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
+        # equal blocks of the weight's rows, each with its inputs; as the module has them, and now
+        self.own_blocks = self.blocks = blocks
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
         self.found = {}                  # what uses have shown; {"plain": why} ends preconditioning
@@ -237,9 +238,12 @@ class Watcher(TorchFunctionMode):
         self.contradict(layer, "it is used in another shape")
 
     def contradict(self, layer, why):
-        """From now on the layer takes the plain step."""
+        """From now on the layer takes the plain step, in a resumed run too."""
         layer.found = {"plain": why}
         layer.drop()
+        state = self.optimizer().state.get(layer.weight, {})
+        for name in ("updates", *layer.measured, *layer.prepared):
+            state.pop(name, None)
 
     def use_of(self, found, kind, x, out, bias, **details):
         """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
@@ -247,8 +251,8 @@ class Watcher(TorchFunctionMode):
         blocks, size = slice(None), layer.out // layer.blocks
         if kind != layer.kind:
             return self.contradict(layer, f"it is used as the weight of a {kind}")
-        if kind == "linear" and rows != slice(0, layer.out):
-            if rows.start % size or rows.stop % size:
+        if rows != slice(0, layer.out):
+            if kind != "linear" or rows.start % size or rows.stop % size:
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
@@ -394,7 +398,8 @@ def linear(watcher, out, input, weight, bias=None):
         watcher.record(found, "linear", input, out, bias)
 
 
-def matmul(watcher, out, input, other, *, bias=None):
+def matmul(watcher, out, input, other=None, mat2=None, bias=None, **rest):
+    other = mat2 if other is None else other               # torch.mm's name for it
     found = watcher.find(other)
     if found is not None:
         layer, rows, turned = found
