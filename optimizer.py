@@ -154,14 +154,13 @@ class Preconditioner(torch.optim.Optimizer):
         if self.model is None:
             raise RuntimeError(f"{type(self).__name__}: this optimizer was copied or unpickled and "
                                "has no model; make a new one and load this one's state_dict()")
-        due = [(layer, group) for layer, group in self.grouped() if layer.on]
-        if not due:
+        if not any(layer.on for layer in self.layers.values()):
             return
+        self.agree_on_layers()
+        due = [(layer, group) for layer, group in self.grouped() if layer.on]
         for layer, _ in due:
             if layer.weight.grad is None:      # dropped, and no backward pass has come since
                 layer.drop()
-        self.agree_on_layers()
-        due = [(layer, group) for layer, group in due if layer.active]
         found = self.pooled([layer for layer, _ in due]) if due else {}
         self.check_captured(found, due)
         averages = {}
@@ -277,13 +276,13 @@ class Preconditioner(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__}: ranks train different layers, for example "
                                f"{sorted(set.symmetric_difference(*map(set, everyone[:2])))[:1]}")
         for layer in self.layers.values():
-            for theirs in everyone:
-                self.merge(layer, theirs.get(layer.name, {}))
+            self.merge(layer, [theirs.get(layer.name, {}) for theirs in everyone])
 
-    def merge(self, layer, found):
-        """Take over what another rank's uses have shown of a layer."""
-        if "plain" in found and "plain" not in layer.found:
-            self.watcher.contradict(layer, found["plain"])
+    def merge(self, layer, everyone):
+        """Take over what the uses on all ranks have shown of a layer."""
+        reasons = [found["plain"] for found in everyone if "plain" in found]
+        if reasons:
+            self.watcher.contradict(layer, reasons[0])
 
     # ---- the rest of torch's interface ----
 
