@@ -168,35 +168,44 @@ class Watcher(TorchFunctionMode):
         self.optimizer = weakref.ref(optimizer)
         self.layers = {}                       # weight: Layer
         self.on = True                         # set by step(); constant during a forward pass
-        self.local = threading.local()         # depth: how many watched modules are being called
+        self.local = threading.local()         # inside: watched modules being called, outer first
         self.call = Call()
         self.attention = None                  # follows attention through a forward pass, for MAC
 
+    @property
+    def inside(self):
+        return self.local.__dict__.setdefault("inside", [])
+
     @torch.compiler.disable
-    def enter(self, args, kwargs):
-        depth = getattr(self.local, "depth", 0)
-        if depth == 0:
+    def enter(self, module, args, kwargs):
+        if not self.inside:
             if torch.jit.is_tracing() or self.optimizer() is None:
                 return
             if torch._C._current_graph_task_id() == -1:    # else an activation checkpoint's rerun
                 self.call = self.call.next(args, kwargs)
             self.__enter__()
-        self.local.depth = depth + 1
+        self.inside.append(module)
 
     @torch.compiler.disable
-    def leave(self):
-        depth = getattr(self.local, "depth", 0)
-        if depth == 1:
+    def leave(self, module):
+        """End a module's call, and what it called; not if it failed before it was entered."""
+        if module not in self.inside:
+            return
+        while self.inside.pop() is not module:
+            pass
+        if not self.inside:
             self.__exit__(None, None, None)
             if self.attention is not None:
                 self.attention.forget()
-        self.local.depth = max(0, depth - 1)
+
+    def end(self):
+        """End a forward pass that was interrupted (Ctrl-C), which calls no hooks."""
+        if self.inside:
+            del self.inside[1:]
+            self.leave(self.inside[0])
 
     def reset(self):
-        """End what an interrupted forward pass (Ctrl-C) left on, and begin with no call."""
-        if getattr(self.local, "depth", 0):
-            self.local.depth = 1
-            self.leave()
+        self.end()
         self.call = Call()
 
     @torch.compiler.disable
@@ -338,14 +347,14 @@ class Enter(Hook):
     def __call__(self, module, args, kwargs):
         if self.watcher is not None and self.watcher.on and module is self.module \
                 and not is_exporting():
-            self.watcher.enter(args, kwargs)
+            self.watcher.enter(module, args, kwargs)
 
 
 class Leave(Hook):
     def __call__(self, module, args, output):
         if self.watcher is not None and self.watcher.on and module is self.module \
                 and not is_exporting():
-            self.watcher.leave()
+            self.watcher.leave(module)
 
 
 def watch(model, watcher, hooked):

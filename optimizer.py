@@ -305,6 +305,7 @@ class Preconditioner(torch.optim.Optimizer):
     @torch.compiler.disable
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
+        self.watcher.end()
         for layer in self.layers.values():
             layer.drop()
 
