@@ -163,14 +163,13 @@ class Preconditioner(torch.optim.Optimizer):
         if self.model is None:
             raise RuntimeError(f"{type(self).__name__}: this optimizer was copied or unpickled and "
                                "has no model; make a new one and load this one's state_dict()")
-        due = [(layer, group) for layer, group in self.grouped() if layer.on]
-        if not due:
+        if not any(layer.on for layer in self.layers.values()):
             return
+        agree(list(self.layers.values()), self.merge)
+        due = [(layer, group) for layer, group in self.grouped() if layer.on]
         for layer, _ in due:
             if layer.weight.grad is None:      # dropped, and no backward pass has come since
                 layer.drop()
-        agree(list(self.layers.values()), self.merge)
-        due = [(layer, group) for layer, group in due if layer.active]
         found = self.pooled([layer for layer, _ in due]) if due else {}
         self.check_captured(found, due)
         averages = {}
@@ -241,11 +240,12 @@ class Preconditioner(torch.optim.Optimizer):
         """By what the sums of a layer's blocks are divided; 0 where there is nothing to average."""
         return rows
 
-    def merge(self, layer, found):
-        """Take over what another rank's uses have shown of a layer."""
-        if "plain" in found and "plain" not in layer.found:
-            self.watcher.contradict(layer, found["plain"])
-        elif "bias" in found and "bias" not in layer.found:
+    def merge(self, layer, everyone):
+        """Take over what the uses on all ranks have shown of a layer."""
+        reasons = [found["plain"] for found in everyone if "plain" in found]
+        if reasons:
+            self.watcher.contradict(layer, reasons[0])
+        elif "bias" not in layer.found and any("bias" in found for found in everyone):
             self.part_with_bias(layer)
 
     # ---- the rest of torch's interface ----
@@ -269,6 +269,7 @@ class Preconditioner(torch.optim.Optimizer):
     @torch.compiler.disable
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
+        self.watcher.reset()
         for layer in self.layers.values():
             layer.drop()
 

@@ -50,8 +50,8 @@ def pool(layers, numbers):
 def agree(layers, merge):
     """What uses have shown of the layers must be the same on all ranks before they reduce.
 
-    merge(layer, found) takes over what another rank's uses have shown. RuntimeError, on all ranks,
-    where these do not train the same layers.
+    merge(layer, everyone) takes over what the uses on each rank have shown. RuntimeError, on all
+    ranks, where these do not train the same layers.
     """
     if world_size() == 1:
         return
@@ -69,5 +69,4 @@ def agree(layers, merge):
             raise RuntimeError("ranks train different layers, for example "
                                f"{sorted(theirs.keys() ^ everyone[0].keys())[0]}")
     for layer in layers:
-        for theirs in everyone:
-            merge(layer, theirs.get(layer.name, {}))
+        merge(layer, [theirs.get(layer.name, {}) for theirs in everyone])
