@@ -108,10 +108,10 @@ USAGE
 import torch
 import torch.nn.functional as F
 
-from capture import full_precision
-from optimizer import (DECAY, PERIOD, POSITIVE, Preconditioner, joined, running_mean, stacks,
-                       world_size)
-from patches import at_least_float32, patch_sum
+from blocks import joined, stacks
+from optimizer import DECAY, PERIOD, POSITIVE, Preconditioner, running_mean, world_size
+from patches import patch_sum
+from precision import at_least_float32, full_precision
 
 
 def plain(W, steps, lr=1e-3, beta=0.9, weight_decay=0.0, damping=1e-3, gamma=0.8, tcov=100,
