@@ -59,8 +59,8 @@ from foof import FOOF
 from kfac import KFAC
 from mac import MAC
 from nysact import NysAct
-from testing import (at_most, close, factory, known, loss_of, make_data, make_net, on_ranks,
-                     parameters, raises, randn, snapshot, trained, usual)
+from testing import (at_most, close, factory, known, loss_of, make_data, make_net, modules_with,
+                     on_ranks, parameters, raises, randn, set_everywhere, snapshot, trained, usual)
 
 EXACT = dict(lr=1.0, momentum=0.0, beta=0.0, tcov=1, tinv=1, damping=0.3, kl_clip=None,
              averaging="printed")          # the first step is −G̃, of this batch's statistics
@@ -396,18 +396,12 @@ def random_geometries(count):
         yield C, out, draw(9, 13), options
 
 
-def one_sample_at_a_time(monkeypatch):
-    for module in list(sys.modules.values()):
-        if hasattr(module, "CHUNK"):
-            monkeypatch.setattr(module, "CHUNK", 1)
-
-
 @pytest.mark.parametrize("chunked", (False, True))
 @pytest.mark.parametrize("method", METHODS)
 def test_geometries(method, chunked, monkeypatch):
-    """Every padding, stride, dilation and group; one image at a time too."""
+    """Every padding, stride, dilation and group."""
     if chunked:
-        one_sample_at_a_time(monkeypatch)
+        set_everywhere(monkeypatch, "CHUNK", 1)           # one image at a time
     for C, out, size, options in [*GEOMETRIES, *SHIFTS, *random_geometries(0 if chunked else 60)]:
         conv = nn.Conv2d(C, out, **options).double()
         check_step(method, conv, lambda: [conv(randn(2, C, *size))])
@@ -507,33 +501,60 @@ def test_transcription(method, options):
 
 # ---- precision ----
 
-@pytest.mark.parametrize("mode", ("autocast", "bfloat16 weights", "float32, matmul medium"))
-@pytest.mark.parametrize("method", [method for method in METHODS if "tokens" not in method])
-def test_precision(method, mode):
-    """float32 statistics of what the layers saw, though autocast or the weights are in bfloat16."""
-    before = torch.get_float32_matmul_precision()
+@pytest.fixture
+def low_precision():
+    """The user's modes for matrix products and convolutions, lower than float32."""
     torch.set_float32_matmul_precision("medium")
-    try:
-        for layer, shape in ((nn.Linear(24, 8), (4, 9, 24)), (nn.Conv2d(16, 8, 3), (4, 16, 7, 7))):
-            x = (torch.randn(shape) + 1).bfloat16()
-            exact, layer = copy.deepcopy(layer).double(), layer.to(
-                torch.bfloat16 if "weights" in mode else torch.float32)
-            states = []
-            for net, inputs in ((layer, x.to(layer.weight.dtype)), (exact, x.double())):
-                optimizer = METHODS[method](net, lr=0.0)
-                with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-                    y = net(inputs)
-                torch.manual_seed(0)
-                (y * torch.randint(-3, 4, y.shape)).sum().backward()       # exact in bfloat16
-                optimizer.step()
-                states.append({key: value for key, value in optimizer.state[net.weight].items()
-                               if key in ("mean", "covariance", "output_covariance", "sketched",
-                                          "H", "S")})
-            assert states[0] and all(v.dtype == torch.float32 for v in states[0].values())
-            close(*states, 3e-6)
-            assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    backends = [torch.backends.mkldnn.conv, torch.backends.cudnn.conv] \
+        if hasattr(torch.backends.cudnn, "conv") else []
+    before = [backend.fp32_precision for backend in backends]
+    for backend, value in zip(backends, ("bf16", "tf32")):
+        backend.fp32_precision = value
+    yield
+    for backend, value in zip(backends, before):
+        backend.fp32_precision = value
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("mode", ("float32", "autocast", "bfloat16 weights"))
+@pytest.mark.parametrize("method", [method for method in METHODS if "tokens" not in method])
+def test_precision(method, mode, low_precision):
+    """float32 statistics of what the layers saw, whatever lower precision is asked for."""
+    for layer, shape in ((nn.Linear(24, 8), (4, 9, 24)), (nn.Conv2d(16, 8, 3), (4, 16, 7, 7))):
+        x = (torch.randn(shape) + 1).bfloat16()
+        exact, layer = copy.deepcopy(layer).double(), layer.to(
+            torch.bfloat16 if "weights" in mode else torch.float32)
+        states = []
+        for net, inputs in ((layer, x.to(layer.weight.dtype)), (exact, x.double())):
+            optimizer = METHODS[method](net, lr=0.0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+                y = net(inputs)
+            torch.manual_seed(0)
+            (y * torch.randint(-3, 4, y.shape)).sum().backward()       # exact in bfloat16
+            optimizer.step()
+            states.append({key: value for key, value in optimizer.state[net.weight].items()
+                           if key in ("mean", "covariance", "output_covariance", "sketched",
+                                      "H", "S")})
+        assert states[0] and all(v.dtype == torch.float32 for v in states[0].values())
+        close(*states, 3e-6)
+
+
+def test_full_precision(low_precision):
+    """Neither TF32 nor bf16 inside, the user's modes after it, also where an error ends it."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv,
+                torch.backends.mkldnn.conv]
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):
+        pytest.skip("this torch has no setting per operation")
+    modes = [backend.fp32_precision for backend in backends]
+    for module in modules_with("full_precision"):
+        for device, ours in (("cpu", backends[1::2]), ("cuda", backends[::2])):
+            with contextlib.suppress(KeyError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")          # autocast's, where there is no GPU
+                with module.full_precision(device):
+                    assert {backend.fp32_precision for backend in ours} == {"ieee"}
+                    raise KeyError
+            assert [backend.fp32_precision for backend in backends] == modes
+        assert torch.get_float32_matmul_precision() == "medium"
 
 
 # ---- attention ----
@@ -686,7 +707,7 @@ def check_fused(module, x, *args, **kwargs):
 def test_mac_attention_fused(chunked, monkeypatch):
     """(6) for the modules that timm and this project have, against autograd."""
     if chunked:
-        one_sample_at_a_time(monkeypatch)
+        set_everywhere(monkeypatch, "CHUNK", 1)           # one sample at a time
     B, N, D = 3, 4, 6
     x, mask = randn(B, N, D), torch.rand(B, 1, N, N) < 0.6
     mask |= torch.eye(N, dtype=torch.bool)
@@ -820,7 +841,7 @@ def test_mac_multihead_attention(monkeypatch):
     nothing = mask.clone()
     nothing[1] = True                                       # a query that may attend to nothing
     check_multihead(first, cross, attn_mask=nothing, need_weights=False)
-    one_sample_at_a_time(monkeypatch)
+    set_everywhere(monkeypatch, "CHUNK", 1)           # one sample at a time
     check_multihead(first | added, cross, attn_mask=per_head)
 
 
@@ -1004,6 +1025,16 @@ def test_mac_state_size():
         assert "conv1: 4×28, input covariance" in text and "plain step: block.norm1" in text, text
 
 
+def first_covariance(optimizer, weight):
+    """A₁ (d, d) in the state, whole or packed as its lower triangle by rows."""
+    A = optimizer.state[weight]["covariance"][0]
+    if A.dim() == 1:
+        d = int((2 * len(A)) ** 0.5)
+        A = A.new_zeros(d, d).index_put(tuple(torch.tril_indices(d, d)), A)
+        A = A + A.tril(-1).T
+    return A
+
+
 def covariance_of(inputs, layer):
     rows = torch.cat([input_rows(x, layer).flatten(0, 2) for x in inputs])
     rows = F.pad(rows, (0, 1), value=1.0)
@@ -1028,7 +1059,7 @@ def test_mac_first_layer(build, first, shape):
     assert len(found) == bool(first)
     if first:
         layer = net.get_submodule(first)
-        close(optimizer.state[layer.weight]["covariance"][0], covariance_of(inputs, layer), 1e-12)
+        close(first_covariance(optimizer, layer.weight), covariance_of(inputs, layer), 1e-12)
 
 
 @pytest.mark.parametrize("build, first, shape", (
@@ -1050,7 +1081,7 @@ def test_mac_calibrate(build, first, shape, training):
     for x in batches:
         twin(x)
     want = covariance_of(inputs, layer)
-    close(optimizer.state[layer.weight]["covariance"][0], want, 1e-12)
+    close(first_covariance(optimizer, layer.weight), want, 1e-12)
     close(dict(net.state_dict()), before, 0)
     assert all(m.training == training for m in net.modules())
     assert all(p.grad is None for p in net.parameters())
@@ -1061,7 +1092,7 @@ def test_mac_calibrate(build, first, shape, training):
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for model, opt in ((net, optimizer), (fresh, resumed)):
         usual(model, opt, data[3:])
-        close(opt.state[model.get_submodule(first).weight]["covariance"][0], want, 1e-12)
+        close(first_covariance(opt, model.get_submodule(first).weight), want, 1e-12)
     close(snapshot(fresh, resumed), snapshot(net, optimizer), 0)
 
 
@@ -1089,13 +1120,13 @@ def calibrated_on_ranks(rank, world):
     optimizer = MAC(model)
     parts = make_data(1, batch=12)[0][0].split([1, 3, 8] if world == 3 else [1, 11])
     optimizer.calibrate(parts[rank].split(2))
-    return optimizer.state[model.module[0].weight]["covariance"]
+    return first_covariance(optimizer, model.module[0].weight)
 
 
 @pytest.mark.parametrize("world", (2, 3))
 def test_mac_calibrate_on_ranks(world):
     results = on_ranks(world, calibrated_on_ranks)
-    close(results[0][0], covariance_of([make_data(1, batch=12)[0][0]], conv_bn_linear()[0]), 1e-12)
+    close(results[0], covariance_of([make_data(1, batch=12)[0][0]], conv_bn_linear()[0]), 1e-12)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -1804,38 +1835,6 @@ def test_nysact_state_size():
                 if torch.is_tensor(x) and key != "momentum_buffer")
     assert state <= 30 * sum(m.weight[0].numel() + 1 for m in net.modules()
                              if isinstance(m, (nn.Conv2d, nn.Linear)))
-
-
-def test_nysact_precision():
-    """Statistics of convolutions are not taken in TF32 or bf16, and the user's modes come back."""
-    if not hasattr(torch.backends.cudnn, "conv"):
-        pytest.skip("this torch has no setting per operation")
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv,
-                torch.backends.mkldnn.conv]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
-        torch.backends.mkldnn.conv.fp32_precision = "bf16"
-        mine = [backend.fp32_precision for backend in backends]
-        for device, ours in (("cpu", backends[1::2]), ("cuda", backends[::2])):
-            with contextlib.suppress(KeyError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")          # autocast's, where there is no GPU
-                with nysact.full_precision(device):
-                    assert {backend.fp32_precision for backend in ours} == {"ieee"}
-                    raise KeyError
-        assert [backend.fp32_precision for backend in backends] == mine
-        conv, x = nn.Conv2d(16, 4, 3), torch.randn(8, 16, 9, 9)
-        optimizer = NysAct(conv, rank=5, lr=0.0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = conv(x)
-        y.float().sum().backward()
-        optimizer.step()
-        rows = F.pad(conv_rows(x.double(), conv), (0, 1), value=1.0).flatten(1, 2)
-        close(optimizer.state[conv.weight]["sketched"],
-              second_moment(rows) @ sketch_of(optimizer, conv.weight), 1e-5)
-    finally:
-        for backend, value in zip(backends, before):
-            backend.fp32_precision = value
 
 
 # ---- AdaFisher ----
