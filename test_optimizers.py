@@ -191,7 +191,7 @@ def test_grad_scaler(make, fused):
             optimizer.zero_grad()
             (64 * loss_of(model, x, y)).backward()
             optimizer.step()
-    options = dict(lr=1e-3, fused=True) if fused else dict(lr=1e-3)
+    options = dict(lr=1e-5, fused=True) if fused else dict(lr=1e-5)
     got = trained(make, scaled, data, make_net(dtype=torch.float32), grad_scaler=scaler, **options)
     close(got, trained(make, plain, taken, make_net(dtype=torch.float32), **options), 0)
     assert 2 <= len(data) - len(taken) <= 8, "the scale was to overflow twice at least"
