@@ -27,7 +27,7 @@ formula with matrices formed from explicit rows, `test_transcription` whole runs
                  (5)                              test_nysact_nystrom, test_nysact_rank
                  what it is for                   test_nysact_condition_number
     adafisher.py (1), (5)                         test_step, test_geometries, test_adafisher_golden
-                 (2)                              test_adafisher_norm_layers
+                 (2)                              test_adafisher_norm_layers, ..._norm_seen_by_use
                  (3), (3r), (6)-(8)               test_adafisher_plain
                  (4)                              test_adafisher_min_max
                  the released averages            test_adafisher_as_released_is_momentum_sgd
@@ -2074,6 +2074,140 @@ def test_adafisher_late_layer():
         if i > 0:
             step = (before["late.weight"] - net.late.weight) / (0.01 * net.late.weight.grad)
             assert ((step - 1).abs().max() < 1e-10) == (i < 3), i
+
+
+@pytest.mark.parametrize("kdim", (6, 4))
+def test_adafisher_multihead_attention(kdim):
+    """nn.MultiheadAttention: q, k, v are three blocks of one weight, or three weights.
+
+    Of three weights, the shared bias takes F̃ = 1.
+    """
+    module = nn.MultiheadAttention(6, 2, kdim=kdim).double()
+    nn.init.normal_(module.in_proj_bias)
+    inputs = [randn(3, 4, d) for d in (6, kdim, 6)]                          # tokens, batch
+    optimizer, before = METHODS["adafisher"](module), parameters(module)
+    weights = module.in_proj_weight.chunk(3) if kdim == 6 else (
+        module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    outputs = [F.linear(x, W, b) for x, W, b in zip(inputs, weights, module.in_proj_bias.chunk(3))]
+    heads = [y.view(3, 8, 3).transpose(0, 1) for y in outputs]
+    mixed = F.scaled_dot_product_attention(*heads).transpose(0, 1).reshape(3, 4, 6)
+    s = torch.autograd.grad(module.out_proj(mixed).square().sum(), outputs)
+    H = [(F.pad(x, (0, 1), value=1.0) if kdim == 6 else x).square().mean((0, 1)) for x in inputs]
+    S = [y.square().mean((0, 1)) for y in s]
+    module(*inputs)[0].square().sum().backward()
+    optimizer.step()
+    if kdim == 6:
+        H, S = (min_max(torch.stack(v)) for v in (H, S))
+        H, b = H[:, :-1], min_max(torch.cat(list(S))) * H[:, -1:].repeat_interleave(6, 0)[:, 0]
+        want = {"in_proj_weight": torch.cat([torch.outer(*v) for v in zip(S, H)]),
+                "in_proj_bias": b}
+    else:
+        want = {f"{c}_proj_weight": torch.outer(min_max(v), min_max(h))
+                for c, v, h in zip("qkv", S, H)}
+        want["in_proj_bias"] = torch.tensor(0.7)
+    for name, fisher in want.items():
+        p = module.get_parameter(name)
+        close(before[name] - p, p.grad / (0.3 + fisher), 1e-10)
+
+
+class Permuted(nn.LayerNorm):
+    """A LayerNorm over the channels of images, as in ConvNeXt."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SyncBatchNorm(torch.autograd.Function):
+    """Of the name that torch's has, which runs on several GPUs only."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        with torch.enable_grad():
+            ctx.given = [x.detach().requires_grad_() for x in given]
+            ctx.out = F.batch_norm(ctx.given[0], None, None, *ctx.given[1:], training=True)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.autograd.grad(ctx.out, ctx.given, grad)
+
+
+class Synchronised(nn.SyncBatchNorm):
+    def forward(self, x):
+        return SyncBatchNorm.apply(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("norm, same, turn", (
+    (Permuted, nn.LayerNorm, (0, 2, 3, 1)), (Synchronised, nn.BatchNorm2d, (0, 1, 2, 3))))
+def test_adafisher_norm_seen_by_use(norm, same, turn):
+    """What a norm's forward really normalises, also where another function does it."""
+    x, s = randn(4, 6, 3, 2) * 3 + 1, randn(4, 6, 3, 2)
+    steps = []
+    for layer, turn in ((norm(6), (0, 1, 2, 3)), (same(6), turn)):
+        optimizer = METHODS["adafisher"](layer.double())
+        (layer(x.permute(turn)) * s.permute(turn)).sum().backward()
+        optimizer.step()
+        steps.append(parameters(layer))
+        assert "preconditioned: 1 weights, 100.0%" in str(optimizer)
+    close(*steps, 1e-12)
+
+
+def test_adafisher_transposed_weight():
+    """GPT-2's Conv1D, whose weight is (d, out), steps as a linear layer."""
+    class Conv1D(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight = nn.Parameter(linear.weight.detach().mT.contiguous())
+            self.bias = nn.Parameter(linear.bias.detach().clone())
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight)
+    x, s, layers = randn(7, 5), randn(7, 4), [nn.Linear(5, 4).double()]
+    layers.append(Conv1D(layers[0]))
+    for layer in layers:
+        optimizer = METHODS["adafisher"](layer)
+        (layer(x) * s).sum().backward()
+        optimizer.step()
+        assert "100.0% of all numbers" in str(optimizer)
+    close(layers[1].weight.mT, layers[0].weight, 1e-14)
+    close(layers[1].bias, layers[0].bias, 1e-14)
+
+
+@pytest.mark.parametrize("schedule", (
+    lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=8),
+    lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, 0.01, 0.1, step_size_up=3)))
+def test_adafisher_cycled_momentum(schedule):
+    """A schedule that cycles "momentum" cycles β."""
+    ends = []
+    for by_schedule in (True, False):
+        net, other = make_net(), torch.optim.SGD([nn.Parameter(randn(1))], momentum=0.5)
+        optimizer = AdaFisher(net, damping=0.1)
+        follows = schedule(optimizer if by_schedule else other)
+        for batch in make_data(6):
+            if not by_schedule:
+                now = other.param_groups[0]
+                optimizer.param_groups[0].update(lr=now["lr"], beta=now["momentum"])
+                other.step()
+            usual(net, optimizer, [batch])
+            follows.step()
+        ends.append(parameters(net))
+    close(*ends, 0)
+
+
+def test_adafisher_checkpoints():
+    """One of the old layout is refused; a fresh state, as torch.distributed saves it, is whole."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    net, fresh = make_net(), make_net()
+    optimizer = AdaFisher(net)
+    usual(net, optimizer, make_data(1))
+    trial = get_optimizer_state_dict(fresh, AdaFisher(fresh))["state"]
+    for name, state in get_optimizer_state_dict(net, optimizer)["state"].items():
+        assert state.keys() == trial[name].keys(), name
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state.update({key: state[key].flatten() for key in ("S",) if key in state})
+    raises(ValueError, ["S of layer conv1 is (4,)", "another version"],
+           lambda: AdaFisher(fresh).load_state_dict(saved))
 
 
 # ---- names that other test files still import ----
