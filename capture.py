@@ -14,8 +14,8 @@ drops its input shows what came of that, and a weight that is computed before it
 parametrization, a standardised convolution) shows nothing and takes the plain step. A use that the
 layer's statistics cannot describe sends the layer to the plain step for good, with the reason.
 
-Not seen, hence plain: einsum, custom autograd functions, recurrent layers. One more use of a
-weight by such an operation is not noticed, except for those in OTHERS.
+Not seen, hence plain: einsum, custom autograd functions (except SyncBatchNorm's), recurrent layers.
+One more use of a weight by such an operation is not noticed, except for those in OTHERS.
 """
 import threading
 import types
@@ -345,6 +345,11 @@ class Leave(Hook):
     def __call__(self, module, args, output):
         if self.watcher is not None and self.watcher.on and module is self.module \
                 and not is_exporting():
+            if isinstance(module, nn.SyncBatchNorm) and args and self.watcher.sees(output) \
+                    and output.grad_fn.name() == "SyncBatchNormBackward":
+                # over several processes it is an autograd function, which the mode does not see
+                norm(self.watcher, output, args[0], module.weight, module.bias, eps=module.eps,
+                     mean=None, var=None)
             self.watcher.leave(module, output)
 
 

@@ -29,8 +29,8 @@ formula with matrices formed from explicit rows, `test_plain` whole runs against
                  (7)                              test_step, test_nysact_exact_layers
                  what it is for, errata           test_nysact_condition_number, ..._released
     adafisher.py (1), (5)                         test_step, test_geometries, test_adafisher_golden
-                 (2)                              test_adafisher_norm_layers
-                 (3), (6), (7)                    test_adafisher_transcription
+                 (2)                              test_adafisher_norm_layers, ..._norm_seen_by_use
+                 (3), (3r), (6)-(8)               test_adafisher_plain
                  (4)                              test_adafisher_min_max
                  the released averages            test_adafisher_as_released_is_momentum_sgd
 """
@@ -2353,7 +2353,7 @@ def test_adafisher_batch_norm_finding():
     """E[h²] = σ²/(σ² + ε), in float32: what is stored keeps the digits that 1 − ε/σ² loses."""
     x = torch.randn(64, 5) * torch.tensor([0.1, 1.0, 3.0, 10.0, 100.0]) + 5
     layer = nn.BatchNorm1d(5)
-    optimizer = AdaFisher(layer)
+    optimizer = AdaFisher(layer, averaging="printed")
     layer(x).square().sum().backward()
     optimizer.step()
     variance = x.double().var(0, correction=0)
@@ -2373,78 +2373,56 @@ def test_adafisher_min_max():
         close(adafisher.min_max(flat), torch.zeros(9), 0)
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
     net[0].bias.data.fill_(-100.0)                                          # all of ReLU is dead
-    optimizer, before = AdaFisher(net, lr=0.1, damping=0.5), parameters(net)
+    optimizer, before = METHODS["adafisher"](net, lr=0.1, damping=0.5), parameters(net)
     net(randn(6, 4)).sum().backward()
     optimizer.step()
     close(net[0].weight, before["0.weight"], 0)
     close(net[2].bias, before["2.bias"] - 0.1 / 0.5 * net[2].bias.grad, 1e-15)
 
 
-RELEASED = known(AdaFisher, dict(as_released=True, averaging="released"))
-PRINTED = known(AdaFisher, dict(as_released=False, averaging="printed"))
-
-
 def test_adafisher_golden():
     """Numbers worked out by hand for Linear(2, 2), two samples: H, S, F̃, first step; released."""
-    step, G, state = two_rows(AdaFisher, lr=1e-3, damping=1e-3, **PRINTED)
+    step, G, state = two_rows(AdaFisher, lr=1e-3, damping=1e-3, averaging="printed")
     close(state["H"][0], [5, 2.5, 1], 1e-15)
-    close(state["S"], [0.625, 2.5], 1e-15)
+    close(state["S"][0], [0.625, 2.5], 1e-15)
     close(-step, [[-1.25, -0.75, -0.75], [-0.5e-3 / 1.001, 2.5e-3 / 0.376, 0.5]], 1e-15)
     close(1e-3 * G / step, [[0.001, 0.001, 0.001], [1.001, 0.376, 0.001]], 1e-12)
-    step, G, state = two_rows(AdaFisher, lr=1e-3, damping=1e-3, **RELEASED)
-    close(state["H"][0], [0.087999998, 0.08299999925, 0.08], 1e-11)
-    close(state["S"], [0.08, 0.087999982933], 1e-11)
+    step, G, state = two_rows(AdaFisher, lr=1e-3, damping=1e-3)
+    close(0.08 + 0.008 * state["H"][0], [0.087999998, 0.08299999925, 0.08], 1e-11)       # (8)
+    close(0.08 + 0.008 * state["S"][0], [0.08, 0.087999982933], 1e-11)
     close(1e-3 * G / step, [[0.00803999984, 0.00763999994, 0.0074],
                             [0.008743998322, 0.008303998517, 0.008039998635]], 1e-9)
 
 
-def adafisher_in_numpy(W, X, Y, tcov, lr, wd, damping, gamma, beta, decoupled, released):
-    """The paper's update: a tanh network of two layers [W | b], mean squared error."""
-    start = 1 if released else 0
-    H, S, m, k = [start, start], [start, start], [0, 0], 0
-
-    def minmax(v, eps=0.0):
-        return (v - v.min()) / (v.max() - v.min() + eps)
-    for t, (x, y) in enumerate(zip(X, Y), 1):
-        N, due = len(x), (t - 1) % tcov == 0
-        h0 = np.c_[x, np.ones(N)]
-        h1 = np.c_[np.tanh(h0 @ W[0].T), np.ones(N)]
-        s1 = 2 * (h1 @ W[1].T - y) / W[1].shape[0]                             # per sample
-        s0 = s1 @ W[1][:, :-1] * (1 - h1[:, :-1] ** 2)
-        k += due
-        for i, (h, s) in enumerate(((h0, s0), (h1, s1))):
-            if due and released:
-                H[i] = 0.1 * gamma * H[i] + 0.01 * gamma * minmax((h ** 2).mean(0), 1e-6)
-                S[i] = 0.1 * gamma * S[i] + 0.01 * gamma * minmax(((s / N) ** 2).mean(0), 1e-6)
-            elif due:
-                H[i] = gamma * H[i] + (1 - gamma) * (h ** 2).mean(0)
-                S[i] = gamma * S[i] + (1 - gamma) * (s ** 2).mean(0)
-            fisher = damping + (np.outer(S[i], H[i]) if released else np.outer(
-                minmax(S[i] / (1 - gamma ** k)), minmax(H[i] / (1 - gamma ** k))))
-            m[i] = beta * m[i] + (1 - beta) * (s.T @ h / N + (0 if decoupled else wd * W[i]))
-            step = m[i] / (1 - beta ** t) / fisher + (wd * W[i] if decoupled else 0)
-            W[i] = W[i] - lr * step
-    return W
-
-
 @pytest.mark.parametrize("Optimizer", (AdaFisher, AdaFisherW))
-@pytest.mark.parametrize("averages", (PRINTED, RELEASED))
+@pytest.mark.parametrize("averaging", ("printed", "released"))
 @pytest.mark.parametrize("tcov", (1, 3))
-def test_adafisher_transcription(Optimizer, averages, tcov):
-    """(1) and (3) to (7): twenty steps of both classes against numpy."""
-    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    X, Y = randn(20, 8, 5), randn(20, 8, 3)
-    options = dict(tcov=tcov, lr=0.01, damping=0.1, gamma=0.7, beta=0.8)
-    want = adafisher_in_numpy([whole(m.weight, m.bias).detach().numpy() for m in (net[0], net[2])],
-                              X.numpy(), Y.numpy(), wd=0.1, released=averages is RELEASED,
-                              decoupled=Optimizer is AdaFisherW, **options)
-    optimizer = Optimizer(net, weight_decay=0.1, **averages, **options)
-    for x, y in zip(X, Y):
+@pytest.mark.parametrize("layer, shape", (
+    (nn.Linear(6, 5), (7, 3, 6)), (nn.Linear(6, 5, bias=False), (7, 6)),
+    (nn.Conv2d(2, 3, (2, 3), padding="same"), (4, 2, 5, 4))), ids=str)
+def test_adafisher_plain(Optimizer, averaging, tcov, layer, shape):
+    """(1) and (3) to (8): twenty steps of both classes, batches of two sizes, against `plain`."""
+    layer = copy.deepcopy(layer).double()
+    data = [randn(*shape)[:2 + i % 2] + 0.5 for i in range(20)]
+    options = dict(tcov=tcov, lr=0.02, damping=0.1, gamma=0.7, beta=0.8, weight_decay=0.1,
+                   averaging=averaging)
+
+    def step(x):
+        X = F.pad(input_rows(x, layer).flatten(0, 2), (0, int(layer.bias is not None)), value=1.0)
+
+        def at(W):
+            outputs = (X @ W.mT).requires_grad_()
+            return X, torch.autograd.grad(outputs.tanh().square().mean(), outputs)[0]
+        return at
+    bias = [] if layer.bias is None else [layer.bias]
+    W = torch.cat([layer.weight.flatten(1), *(b[:, None] for b in bias)], 1).detach().clone()
+    W = adafisher.plain(W, [step(x) for x in data], decoupled=Optimizer is AdaFisherW, **options)
+    optimizer = Optimizer(layer, **options)
+    for x in data:
         optimizer.zero_grad()
-        F.mse_loss(net(x), y).backward()
+        layer(x).tanh().square().mean().backward()
         optimizer.step()
-    for m, W in zip((net[0], net[2]), want):
-        close(whole(m.weight, m.bias), W, 1e-11)
+    close(torch.cat([layer.weight.flatten(1), *(b[:, None] for b in bias)], 1), W, 1e-11)
 
 
 def test_adafisher_decoupled_decay():
@@ -2466,7 +2444,8 @@ def test_adafisher_loss_scale():
     """F̃ does not see the loss's scale (S does); with grad_scaler= not even a change of scale."""
     def run(scale_of, with_scaler=False):
         net, scaler = make_net(), torch.amp.GradScaler("cpu", init_scale=1.0)
-        optimizer = AdaFisher(net, tcov=2, grad_scaler=scaler if with_scaler else None, **PRINTED)
+        optimizer = AdaFisher(net, tcov=2, averaging="printed",
+                              grad_scaler=scaler if with_scaler else None)
         for i, (x, y) in enumerate(make_data(6)):
             scale = scale_of(i)
             scaler.scale(torch.ones(()))        # makes the scaler's tensor, which update() sets
@@ -2497,9 +2476,9 @@ def test_adafisher_as_released_is_momentum_sgd():
         nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(True),
         nn.Flatten(), nn.Linear(8 * 64, 10)).double()
     cosines, limits = {}, []
-    for averages in (RELEASED, PRINTED):
+    for averaging in ("released", "printed"):
         model = copy.deepcopy(net)
-        optimizer, cosines[averages is RELEASED] = AdaFisher(model, tcov=1, **averages), []
+        optimizer, cosines[averaging] = AdaFisher(model, tcov=1, averaging=averaging), []
         low, high, limits = 1.0, 1.0, []
         for _ in range(8):
             low, high = 0.08 * low, 0.08 * high + 0.008                     # of H and of S
@@ -2512,25 +2491,25 @@ def test_adafisher_as_released_is_momentum_sgd():
             moment = torch.cat([optimizer.state[p]["momentum_buffer"].flatten()
                                 for p in model.parameters()])
             ratio = (moment / update)[update != 0].abs()
-            cosines[averages is RELEASED].append(F.cosine_similarity(update, moment, dim=0).item())
-            if averages is RELEASED:
+            cosines[averaging].append(F.cosine_similarity(update, moment, dim=0).item())
+            if averaging == "released":
                 assert ratio.max() / ratio.min() <= limits[-1] * (1 + 1e-8)
-                assert cosines[True][-1] >= kantorovich(limits[-1]) - 1e-12
+                assert cosines[averaging][-1] >= kantorovich(limits[-1]) - 1e-12
     close([kantorovich(limits[0]), kantorovich(limits[2]), kantorovich(1 + 1e3 / 115 ** 2)],
           [0.9965, 0.9992, 0.9993], 6e-5)
-    assert max(cosines[False]) < 0.9
+    assert max(cosines["printed"]) < 0.9
 
 
 @pytest.mark.parametrize("Optimizer", (AdaFisher, AdaFisherW))
 @pytest.mark.parametrize("build, size, plain, said", (
-    (make_net, 6, ("encoder.self_attn.", "extra"), ("block.norm1: 8, per channel",
-                                                    "head: 5×9, outer product")),
+    (make_net, 6, ("extra",), ("block.norm1: 8×2, per channel", "head: 5×9, outer product",
+                               "encoder.self_attn.in_proj_weight: 24×9, outer product")),
     (lambda: models.VisionTransformer(6, 2, 24, 1, 3, 5, 3).double(), 6,
      ("cls_token", "pos_embed"), ("plain step: cls_token",))))
 def test_adafisher_without_a_layer(Optimizer, build, size, plain, said):
-    """F̃ = 1 where no layer is: tokens, positions, nn.MultiheadAttention; all else by more."""
+    """F̃ = 1 where no layer is: class tokens, positions; all else by more."""
     net = build()
-    optimizer, before = Optimizer(net, lr=1e-3, **PRINTED), parameters(net)
+    optimizer, before = Optimizer(net, lr=1e-3, averaging="printed"), parameters(net)
     usual(net, optimizer, make_data(1))
     for name, p in net.named_parameters():
         if p.grad is not None:
@@ -2575,6 +2554,140 @@ def test_adafisher_late_layer():
         if i > 0:
             step = (before["late.weight"] - net.late.weight) / (0.01 * net.late.weight.grad)
             assert ((step - 1).abs().max() < 1e-10) == (i < 3), i
+
+
+@pytest.mark.parametrize("kdim", (6, 4))
+def test_adafisher_multihead_attention(kdim):
+    """nn.MultiheadAttention: q, k, v are three blocks of one weight, or three weights.
+
+    Of three weights, the shared bias takes F̃ = 1.
+    """
+    module = nn.MultiheadAttention(6, 2, kdim=kdim).double()
+    nn.init.normal_(module.in_proj_bias)
+    inputs = [randn(3, 4, d) for d in (6, kdim, 6)]                          # tokens, batch
+    optimizer, before = METHODS["adafisher"](module), parameters(module)
+    weights = module.in_proj_weight.chunk(3) if kdim == 6 else (
+        module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    outputs = [F.linear(x, W, b) for x, W, b in zip(inputs, weights, module.in_proj_bias.chunk(3))]
+    heads = [y.view(3, 8, 3).transpose(0, 1) for y in outputs]
+    mixed = F.scaled_dot_product_attention(*heads).transpose(0, 1).reshape(3, 4, 6)
+    s = torch.autograd.grad(module.out_proj(mixed).square().sum(), outputs)
+    H = [(F.pad(x, (0, 1), value=1.0) if kdim == 6 else x).square().mean((0, 1)) for x in inputs]
+    S = [y.square().mean((0, 1)) for y in s]
+    module(*inputs)[0].square().sum().backward()
+    optimizer.step()
+    if kdim == 6:
+        H, S = (min_max(torch.stack(v)) for v in (H, S))
+        H, b = H[:, :-1], min_max(torch.cat(list(S))) * H[:, -1:].repeat_interleave(6, 0)[:, 0]
+        want = {"in_proj_weight": torch.cat([torch.outer(*v) for v in zip(S, H)]),
+                "in_proj_bias": b}
+    else:
+        want = {f"{c}_proj_weight": torch.outer(min_max(v), min_max(h))
+                for c, v, h in zip("qkv", S, H)}
+        want["in_proj_bias"] = torch.tensor(0.7)
+    for name, fisher in want.items():
+        p = module.get_parameter(name)
+        close(before[name] - p, p.grad / (0.3 + fisher), 1e-10)
+
+
+class Permuted(nn.LayerNorm):
+    """A LayerNorm over the channels of images, as in ConvNeXt."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SyncBatchNorm(torch.autograd.Function):
+    """Of the name that torch's has, which runs on several GPUs only."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        with torch.enable_grad():
+            ctx.given = [x.detach().requires_grad_() for x in given]
+            ctx.out = F.batch_norm(ctx.given[0], None, None, *ctx.given[1:], training=True)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.autograd.grad(ctx.out, ctx.given, grad)
+
+
+class Synchronised(nn.SyncBatchNorm):
+    def forward(self, x):
+        return SyncBatchNorm.apply(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("norm, same, turn", (
+    (Permuted, nn.LayerNorm, (0, 2, 3, 1)), (Synchronised, nn.BatchNorm2d, (0, 1, 2, 3))))
+def test_adafisher_norm_seen_by_use(norm, same, turn):
+    """What a norm's forward really normalises, also where another function does it."""
+    x, s = randn(4, 6, 3, 2) * 3 + 1, randn(4, 6, 3, 2)
+    steps = []
+    for layer, turn in ((norm(6), (0, 1, 2, 3)), (same(6), turn)):
+        optimizer = METHODS["adafisher"](layer.double())
+        (layer(x.permute(turn)) * s.permute(turn)).sum().backward()
+        optimizer.step()
+        steps.append(parameters(layer))
+        assert "preconditioned: 1 weights, 100.0%" in str(optimizer)
+    close(*steps, 1e-12)
+
+
+def test_adafisher_transposed_weight():
+    """GPT-2's Conv1D, whose weight is (d, out), steps as a linear layer."""
+    class Conv1D(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight = nn.Parameter(linear.weight.detach().mT.contiguous())
+            self.bias = nn.Parameter(linear.bias.detach().clone())
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight)
+    x, s, layers = randn(7, 5), randn(7, 4), [nn.Linear(5, 4).double()]
+    layers.append(Conv1D(layers[0]))
+    for layer in layers:
+        optimizer = METHODS["adafisher"](layer)
+        (layer(x) * s).sum().backward()
+        optimizer.step()
+        assert "100.0% of all numbers" in str(optimizer)
+    close(layers[1].weight.mT, layers[0].weight, 1e-14)
+    close(layers[1].bias, layers[0].bias, 1e-14)
+
+
+@pytest.mark.parametrize("schedule", (
+    lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=8),
+    lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, 0.01, 0.1, step_size_up=3)))
+def test_adafisher_cycled_momentum(schedule):
+    """A schedule that cycles "momentum" cycles β."""
+    ends = []
+    for by_schedule in (True, False):
+        net, other = make_net(), torch.optim.SGD([nn.Parameter(randn(1))], momentum=0.5)
+        optimizer = AdaFisher(net, damping=0.1)
+        follows = schedule(optimizer if by_schedule else other)
+        for batch in make_data(6):
+            if not by_schedule:
+                now = other.param_groups[0]
+                optimizer.param_groups[0].update(lr=now["lr"], beta=now["momentum"])
+                other.step()
+            usual(net, optimizer, [batch])
+            follows.step()
+        ends.append(parameters(net))
+    close(*ends, 0)
+
+
+def test_adafisher_checkpoints():
+    """One of the old layout is refused; a fresh state, as torch.distributed saves it, is whole."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    net, fresh = make_net(), make_net()
+    optimizer = AdaFisher(net)
+    usual(net, optimizer, make_data(1))
+    trial = get_optimizer_state_dict(fresh, AdaFisher(fresh))["state"]
+    for name, state in get_optimizer_state_dict(net, optimizer)["state"].items():
+        assert state.keys() == trial[name].keys(), name
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state.update({key: state[key].flatten() for key in ("S",) if key in state})
+    raises(ValueError, ["S of layer conv1 is (4,)", "another version"],
+           lambda: AdaFisher(fresh).load_state_dict(saved))
 
 
 # ---- names that other test files still import ----
