@@ -116,8 +116,9 @@ import torch.nn.functional as F
 from calls import Call, Calls, check_terms, count_terms
 from covariance import (damped_cholesky, eigenbasis, gram, input_covariance, mean_eigenvalue, pack,
                         pixel_gram, side, solve_right, unpack)
-from optimizer import PreconditionedSGD, world_size
+from optimizer import PreconditionedSGD
 from patches import patch_sum
+from pooling import world_size
 from precision import at_least_float32, full_precision
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) are factored at a time
@@ -248,7 +249,7 @@ class KFAC(PreconditionedSGD):
     grad_scaler: the torch.amp.GradScaler in use; needed if its unscale_() is called before step().
     """
 
-    kinds = dict(linear="Kronecker factors", conv="Kronecker factors")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "Kronecker factors")
     needs_gradients = True
     failure = ("the covariances of layer {name} with damping {damping} are not positive definite "
                "to rounding; raise damping")
