@@ -1,8 +1,8 @@
 """A layer is a use of a weight: what the optimizers see of a model, whatever its code looks like.
 
-`test_use` needs no knowledge of a model's inside. A weight W that meets rows a_r and makes s_r from
-them has the gradient G = Σ g_r a_rᵀ, g = ∂loss/∂s. With no more rows than outputs and random g, this
-gives the rows back: a = (gᵀ)⁺ G. With them the step is formed as the paper has it.
+`test_use` needs no knowledge of a model's inside. A weight that meets rows a and makes rows s of
+them has the gradient G = Σ g aᵀ, g = ∂loss/∂s. With no more rows than outputs and random g this
+gives the rows back, a = (gᵀ)⁺ G. With them the step is formed as the paper has it.
 """
 import contextlib
 import copy
@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                     set_state_dict)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +23,7 @@ import models
 from adafisher import AdaFisherW
 from test_math import EXACT, METHODS, formula
 from testing import (OPTIMIZERS, close, factory, loss_of, make_data, on_ranks, only, parameters,
-                     randn, trained, usual)
+                     randn, snapshot, trained, usual)
 
 SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
 SIX["adafisherw"] = factory(AdaFisherW, **EXACT, weight_decay=0.0)
@@ -146,7 +148,7 @@ def at_last(m, x):
 
 
 ROWS, TOKENS, IMAGES = (5, 4), (2, 3, 4), (2, 2, 3, 3)
-EXACT_USES = {            # the layer, its use, x's shape; outputs are (..., out), of images (B, out, ...)
+EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out) or (B, out, ...)
     "a module": (linear, called, ROWS),
     "tokens": (linear, called, TOKENS),
     "normalises": (functools.partial(Normed, 4, 9), called, ROWS),
@@ -184,7 +186,7 @@ EXACT_USES = {            # the layer, its use, x's shape; outputs are (..., out
     "checkpointed module": (functools.partial(Normed, 4, 9), lambda m, x: checkpoint(
         m.layer, x.requires_grad_(), use_reentrant=True), ROWS),
 }
-PLAIN_USES = {            # what the statistics do not describe, or nobody sees
+PLAIN_USES = {      # what the statistics do not describe, or nobody sees
     "bias added later": (linear, lambda m, x: x @ m.layer.weight.t() + m.layer.bias, ROWS),
     "no bias": (linear, lambda m, x: F.linear(x, m.layer.weight), ROWS),
     "another bias": (linear, lambda m, x: F.linear(x, m.layer.weight, 2 * m.layer.bias), ROWS),
@@ -642,7 +644,26 @@ def test_compiled(make, loop):
         close(got, reference(make), 1e-13)
 
 
-# ---- several processes ----
+# ---- torch.distributed.checkpoint, several processes ----
+
+@pytest.mark.parametrize("flat", (False, True))
+def test_distributed_checkpoint(make, flat):
+    """What is known of uses comes along, into an optimizer that has taken no step."""
+    options, nets, data = StateDictOptions(flatten_optimizer_state_dict=flat), [], make_data(8)
+    for i in range(2):
+        net = small(i)
+        optimizer = make(net)
+        if i == 0:
+            usual(net, optimizer, data[:3])
+            saved = copy.deepcopy(get_state_dict(net, optimizer, options=options))
+        else:
+            set_state_dict(net, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1],
+                           options=options)
+        usual(net, optimizer, data[3:])
+        nets.append(snapshot(net, optimizer))
+    close(nets[1], nets[0], 0)
+
+
 
 def one_rank_by_einsum(rank, world, name):
     """The only layer is used in a way that is not followed, on the last rank alone."""
