@@ -19,11 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import models
 from adafisher import AdaFisherW
-from kfac import KFAC
-from mac import MAC
 from test_math import EXACT, METHODS, formula
-from testing import (OPTIMIZERS, close, factory, loss_of, make_data, make_net, only, parameters,
-                     raises, randn, snapshot, trained, usual)
+from testing import (close, factory, loss_of, make_data, only, parameters,
+                     randn, trained, usual)
 
 SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
 SIX["adafisherw"] = factory(AdaFisherW, **EXACT, weight_decay=0.0)

@@ -60,7 +60,6 @@ import mac
 import models
 import nysact
 import patches
-import precision
 from adafisher import AdaFisher, AdaFisherW
 from foof import FOOF
 from kfac import KFAC
@@ -1230,7 +1229,7 @@ def test_mac_attention_kinds(kind, chunked, monkeypatch):
     number, is ā_V.
     """
     if chunked:
-        one_sample_at_a_time(monkeypatch)
+        set_everywhere(monkeypatch, "CHUNK", 1)           # one sample at a time
     attend, widths, values = ATTENTIONS[kind]
     net, inputs = Attends(attend, **widths).double(), {}
     spread(net)
