@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import models
 from adafisher import AdaFisherW
 from test_math import EXACT, METHODS, formula
-from testing import (close, factory, loss_of, make_data, only, parameters,
+from testing import (OPTIMIZERS, close, factory, loss_of, make_data, on_ranks, only, parameters,
                      randn, trained, usual)
 
 SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
@@ -640,3 +640,26 @@ def test_compiled(make, loop):
         assert "optimizer.collecting" in str(error)
     else:
         close(got, reference(make), 1e-13)
+
+
+# ---- several processes ----
+
+def one_rank_by_einsum(rank, world, name):
+    """The only layer is used in a way that is not followed, on the last rank alone."""
+    use = PLAIN_USES["einsum"][1] if rank == world - 1 else called
+    torch.manual_seed(0)
+    net = Uses(nn.Linear(4, 9, bias=False), use).double()
+    optimizer = OPTIMIZERS[name](net)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(randn(5, 4))[0].square().sum().backward()
+        torch.distributed.all_reduce(net.layer.weight.grad)
+        optimizer.step()
+    return parameters(net)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_contradiction_on_one_rank(name):
+    """All ranks take the plain step, and none waits for the others."""
+    first, second = on_ranks(2, one_rank_by_einsum, name)
+    close(first, second, 0)

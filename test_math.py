@@ -1221,7 +1221,7 @@ ATTENTIONS = {       # O, the layers, which of their rows are those of v; none: 
 
 
 @pytest.mark.parametrize("chunked", (False, True))
-@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("kind", [*ATTENTIONS])
 def test_mac_attention_kinds(kind, chunked, monkeypatch):
     """(6) for whatever leads from linear layers to attention, against autograd.
 
@@ -1253,6 +1253,100 @@ def test_mac_attention_kinds(kind, chunked, monkeypatch):
         close(whole(changes[f"{name}.weight"], changes[f"{name}.bias"]), want, 1e-11)
         assert ("attended" in str(optimizer).split(f" {name}: ")[1].split("\n")[0]) == (
             name in values)
+
+
+def train_attention(rank, world, kinds):
+    """Four steps in which shard i of the batch goes through attention of the i-th kind.
+
+    With ranks, each has one shard; else all are micro-batches of one process.
+    """
+    torch.manual_seed(0)
+    net = Attends(None, qkv=18, beside=6).double()
+    optimizer = MAC(net, lr=0.01, input_covariance=False, tcov=2, tinv=1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        x = randn(2 * len(kinds), 4, 6)
+        for i, kind in enumerate(kinds):
+            if world == 1 or i == rank:
+                net.attend = ATTENTIONS[kind][0]
+                (net(net.beside(x[2 * i:2 * i + 2])).square().sum() * world).backward()
+        for p in net.parameters() if world > 1 else ():
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= world
+        optimizer.step()
+    return snapshot(net, optimizer)
+
+
+def not_followed(m, x):
+    return eager(*thirds(m.qkv(x).sin()))
+
+
+def in_other_order(m, x):
+    v, q, k = thirds(m.qkv(x))
+    return eager(q, k, v)
+
+
+def with_einsum(m, x):
+    return torch.einsum("od,bnd->bno", m.qkv.weight, x) + m.qkv.bias
+
+
+ATTENTIONS |= {      # not among those above: no attention at all, or another one than there
+    "not followed": (not_followed, QKV, {}), "v first": (in_other_order, QKV, {}),
+    "einsum": (with_einsum, QKV, {}),
+    "wide heads first": (lambda m, x: eager(*m.qkv(x).unflatten(-1, (2, 3, 3)).permute(
+        3, 0, 2, 1, 4)), QKV, {})}
+
+
+@pytest.mark.parametrize("kinds, values", (
+    (("thirds", "not followed"), [3, 2]), (("not followed", "thirds"), [3, 2]),
+    (("thirds", "v first"), [3]), (("not followed", "wide heads first", "thirds"), [6]),
+    (("thirds", "einsum"), None), (("einsum", "einsum"), None)), ids=str)
+def test_mac_attention_on_ranks(kinds, values):
+    """Ranks that see other attention than others, or none, keep one state: a single process's.
+
+    Where they contradict each other, v has the plain mean from then on.
+    """
+    want, results = train_attention(0, 1, kinds), on_ranks(len(kinds), train_attention, kinds)
+    for result in results:
+        close(result, results[0], 0)
+    assert want.get("qkv.weight: values", torch.zeros(0)).tolist() == (values or [])
+    if values is None:
+        assert not any("qkv.weight: mean" in key for key in want)
+    if len(values or []) != 1:
+        close(results[0], want, 1e-12)
+    else:
+        for result in (want, results[0]):
+            mean = result["qkv.weight: mean"]
+            assert mean.shape == (values[0], 7)
+            close(mean, mean[:1].expand_as(mean), 1e-12)
+
+
+@pytest.mark.parametrize("before", ("thirds", "not followed", "heads first"))
+@pytest.mark.parametrize("step", range(1, 6))
+def test_mac_attention_resumed(before, step, tmp_path):
+    """A resumed run equals the other bit for bit, with what was known of the values; so does one
+    that is loaded into an optimizer which has seen another attention."""
+    kind = "heads first" if before == "heads first" else "thirds"
+    first, widths, _ = ATTENTIONS[before if before != "thirds" else kind]
+    nets = [Attends(first, **widths if before == "heads first" else QKV).double() for _ in range(2)]
+    optimizers = [MAC(net, input_covariance=False, tcov=2, tinv=3) for net in nets]
+    data = randn(8, 3, 4, 6)
+
+    def train(i, part, attend=first):
+        nets[i].attend = attend
+        for x in part:
+            optimizers[i].zero_grad()
+            nets[i](x).square().sum().backward()
+            optimizers[i].step()
+    train(0, data[:step])
+    torch.save([nets[0].state_dict(), optimizers[0].state_dict()], tmp_path / "checkpoint.pt")
+    train(1, data[:2], ATTENTIONS[kind][0])
+    model, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    nets[1].load_state_dict(model)
+    optimizers[1].load_state_dict(state)
+    for i in range(2):
+        train(i, data[step:], ATTENTIONS[kind][0])
+    close(snapshot(nets[1], optimizers[1]), snapshot(nets[0], optimizers[0]), 0)
 
 
 # ---- MAC ----
