@@ -108,8 +108,9 @@ import torch
 import torch.nn.functional as F
 
 from blocks import joined, stacks
-from optimizer import DECAY, PERIOD, POSITIVE, Preconditioner, running_mean, world_size
+from optimizer import DECAY, PERIOD, POSITIVE, Preconditioner, running_mean
 from patches import patch_sum
+from pooling import world_size
 from precision import at_least_float32, full_precision
 
 

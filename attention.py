@@ -37,24 +37,26 @@ SAME_SCORES = (F.dropout, torch.dropout, *COPIES)
 def attention_sum(q, k, mask=None, causal=False, scale=None):
     """t = Tᵀ1: the attention that each key receives from all queries, (..., S).
 
-    q (..., L, d_h), k (..., S, d_h). mask, broadcast to (..., L, S), is boolean (True takes part)
-    or added to the scores. A chunk of the first dimension at a time. A query that may attend to
-    nothing adds 0.
+    q (..., L, d_h), k (..., S, d_h) and mask (..., L, S) are broadcast; mask is boolean (True takes
+    part) or added to the scores. A chunk of the first dimension at a time. A query that may attend
+    to nothing adds 0.
     """
     q, k = q.to(at_least_float32(q)), k.to(at_least_float32(k))
     L, S = q.shape[-2], k.shape[-2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    below = torch.ones(L, S, dtype=torch.bool, device=q.device).tril() if causal else None
+    if causal:
+        mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    batch = torch.broadcast_shapes((1,), q.shape[:-2], k.shape[:-2],
+                                   () if mask is None else mask.shape[:-2])
+    q, k = (x.expand(*batch, *x.shape[-2:]) for x in (q, k))
+    mask = None if mask is None else mask.expand(*batch, L, S)
     sums, chunk = [], max(1, CHUNK // max(1, q[0, ..., 0].numel() * S))
     for i in range(0, len(q), chunk):
         scores = q[i:i + chunk] @ k[i:i + chunk].mT * scale
         if mask is not None:
-            every = mask.dim() == q.dim() and len(mask) > 1
-            part = mask[i:i + chunk] if every else mask
-            scores = scores.masked_fill(~part, float("-inf")) if part.dtype == torch.bool \
-                else scores + part
-        if causal:
-            scores = scores.masked_fill(~below, float("-inf"))
+            scores = scores + mask[i:i + chunk]
         sums.append(scores.softmax(-1).nan_to_num(nan=0.0).sum(-2))
     return torch.cat(sums)
 
@@ -68,7 +70,7 @@ class Origin:
     x: weakref.ref                  # the layer's input, as long as the model keeps it
     first: int                      # the row of the weight that made column 0
     columns: int
-    offset: int
+    version: int                    # counts changes in place: after one it holds something else
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Copy:
     shape: tuple
     strides: tuple                  # of the tensor that was copied, and its offset
     start: int
-    offset: int
+    version: int
 
 
 def digits(offsets, radices):
@@ -97,7 +99,6 @@ def digits(offsets, radices):
 
 def trace(offsets, place):
     """(Origin, token, row of the weight) per dimension, for offsets into a place's memory."""
-    offsets = [offsets[0] - place.offset, *offsets[1:]]
     if isinstance(place, Origin):
         tokens = 2 ** 62
         (column, token) = digits(offsets, [(1, place.columns), (place.columns, tokens)])
@@ -126,75 +127,99 @@ class Attention:
 
     def forget(self):
         self.places = {}                          # memory: Origin or Copy; neither kept alive
-        self.scores = WeakIdKeyDictionary()       # T: Tᵀ1 (..., S)
+        self.scores = WeakIdKeyDictionary()       # T: (Tᵀ1 (..., S), T's version)
 
     def note(self, layer, rows, x, out):
         """A linear layer's output (..., out) from its input x (..., d)."""
-        if out.is_contiguous():
+        if fills_memory(out):
             self.places[memory(out)] = Origin(layer, weakref.ref(x), rows.start, out.shape[-1],
-                                              out.storage_offset())
+                                              out._version)
+
+    def place_of(self, x):
+        """Where x lies, or None if that is not known, or was written to since."""
+        place = self.places.get(memory(x))
+        return place if place is not None and place.version == x._version else None
+
+    def sum_of(self, T):
+        t, version = self.scores.get(T, (None, None))
+        return t if version == T._version else None
 
     def see(self, func, out, args, kwargs):
         if func is F.scaled_dot_product_attention:
             self.fused(out, *args, **kwargs)
-        elif func in PRODUCTS and len(args) == 2:
-            if args[0] in self.scores and args[1].dim() == args[0].dim():
-                t, queries = self.scores[args[0]], args[0].shape[-2]
-                self.attended(args[1], lambda: t, queries, out)
         elif func in SOFTMAX and out.dim() > 2 and (args + (kwargs.get("dim"),))[1] in (
                 -1, out.dim() - 1):
             with torch.no_grad():
                 t = out.sum(-2, dtype=at_least_float32(out)).nan_to_num(nan=0.0)
-            self.scores[out] = t
-        elif args and isinstance(args[0], torch.Tensor):
-            if func in SAME_SCORES and args[0] in self.scores and out.shape == args[0].shape:
-                self.scores[out] = self.scores[args[0]]
-            elif func in COPIES:
-                self.copied(args[0], out)
+            self.scores[out] = t, out._version
+        elif not args or not isinstance(args[0], torch.Tensor):
+            return
+        elif func in PRODUCTS and len(args) == 2:
+            t = self.sum_of(args[0])
+            if t is not None:
+                self.attended(args[1], lambda: t, out.shape[:-2], out)
+        elif func in SAME_SCORES and out.shape == args[0].shape and args[0] in self.scores:
+            self.scores[out] = self.sum_of(args[0]), out._version
+        elif func in COPIES:
+            self.copied(args[0], out)
 
     def copied(self, x, out):
-        place, key = self.places.get(memory(x)), memory(out)
-        if place is not None and key != memory(x) and out.is_contiguous():
-            self.places[key] = Copy(place, tuple(x.shape), x.stride(), x.storage_offset(),
-                                    out.storage_offset())
+        place = self.place_of(x)
+        if place is not None and memory(out) != memory(x) and fills_memory(out):
+            self.places[memory(out)] = Copy(place, tuple(x.shape), x.stride(), x.storage_offset(),
+                                            out._version)
 
     def fused(self, out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
               scale=None, enable_gqa=False):
-        def received():
-            shared = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-            k = key.repeat_interleave(shared, -3) if shared > 1 else key
-            t = attention_sum(query.detach(), k.detach(), attn_mask, is_causal, scale)
-            return t.unflatten(-2, (-1, shared)).mean(-2) if shared > 1 else t
-        self.attended(value, received, query.shape[-2], out)
+        if out.dim() < 3 or type(attn_mask) not in (type(None), torch.Tensor, torch.nn.Parameter):
+            return                                         # a CausalBias holds no numbers
+        batch, heads = out.shape[:-2], 1
+        if enable_gqa:                                     # so many heads of q share one of v
+            heads = query.shape[-3] // value.shape[-3]
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            value = value.unsqueeze(-3)
+            batch = torch.Size((*batch[:-1], batch[-1] // heads, heads))
 
-    def attended(self, v, received, queries, out):
-        """Measure the rows T X of the layer that made v (..., S, d_h): Σ Xᵀt and their number."""
-        place = self.places.get(memory(v))
-        if place is None or not out.requires_grad:
+        def received():
+            t = attention_sum(query, key, attn_mask, is_causal, scale)
+            return t.unflatten(-2, (-1, heads)) if enable_gqa else t
+        self.attended(value, received, batch, out)
+
+    def attended(self, v, received, batch, out):
+        """Measure the rows T X, T (*batch, L, S), of the layer that made v (..., S, d_h)."""
+        place = self.place_of(v)
+        if place is None:
             return
+        v = v.detach().expand(*batch, *v.shape[-2:])
         arrays = [np.array([v.storage_offset()])] + [
             np.arange(n) * stride for n, stride in zip(v.shape, v.stride())]
         try:
             origin, token, row = trace(arrays, place)
+            if row[-2].any() or token[-1].any():                 # attention over channels
+                return
             shape, token, row = split_dimensions(v.shape, token, row)
         except ValueError:
             return
         x, layer = origin.x(), origin.layer
-        if x is None or row[-2].any() or token[-1].any():        # gone, or attention over channels
-            return
-        if not self.watcher.optimizer().set_values(layer, np.unique(outer_sum(row))):
+        if x is None or not layer.active or not self.watcher.optimizer().set_values(
+                layer, np.unique(outer_sum(row))):
             return
         with torch.no_grad(), full_precision(out.device.type):
-            t = received().reshape(shape[:-1])
-            heads = [i for i, array in enumerate(token[1:-1]) if not array.any()]
-            t = t.mean(heads) if heads else t                                  # (tokens ..., S)
+            t = received().expand(*batch, v.shape[-2])
+            rows = out.shape[-2] * batch.numel()
+            t = t.reshape(shape[:-1])
+            others = [i for i, array in enumerate(token[1:-1]) if not array.any()]     # heads
+            t = t.sum(others) if others else t                                 # (tokens ...)
             total = weighted_sum(x.detach(), t, outer_sum(
-                [token[0][0]] + [a for i, a in enumerate(token[1:-1]) if i not in heads]))
-            rows = queries * t[..., 0].numel()
+                [token[0][0]] + [a for i, a in enumerate(token[1:-1]) if i not in others]))
             if layer.bias is not None:
                 total = torch.cat([total, t.sum()[None]])
         use = Use("values", None, None, out.shape, rows, slice(None), layer.blocks)
         self.watcher.when_backpropagated(layer, use, {"mean": total[None]}, rows, out)
+
+
+def fills_memory(x):
+    return x.is_contiguous() and x.storage_offset() == 0
 
 
 def memory(x):

@@ -36,7 +36,7 @@ class Calls:
         given = tensors((args, kwargs))
         self.entered = None
         training = torch.is_grad_enabled() or any(x.requires_grad for x in given)
-        if torch._C._current_graph_task_id() != -1 or not training:    # a checkpoint's rerun; a test
+        if not training or torch._C._current_graph_task_id() != -1:      # or a checkpoint's rerun
             return
         earlier = next((call for call in map(self.origin, given) if call is not None), None)
         self.current = self.entered = earlier or Call()
@@ -113,7 +113,7 @@ def terms_of(call, loss_terms, sequence_first):
     counts = samples if loss_terms == "samples" else positions
     for out in call.outputs:
         known = counts(out) + ([prod(out)] if loss_terms == "tokens" else [])  # one number for each
-        for n in (n for given in call.inputs for n in counts(*given) if n in known):
+        for n in (n for went_in in call.inputs for n in counts(*went_in) if n in known):
             return n
     if not call.outputs and len(counts(*call.inputs[0])) == 1:           # the loss is inside
         return counts(*call.inputs[0])[0]
@@ -136,5 +136,5 @@ def positions(shape, of_floats=True):
 
 def unknown(why):
     return RuntimeError(
-        f"KFAC: how many terms the loss is a mean of is not known: {why}. Say it, loss_terms=<number> "
-        "in KFAC(...), or optimizer.loss_terms = <number> before each step()")
+        f"KFAC: how many terms the loss is a mean of is not known: {why}. Say it: "
+        "loss_terms=<number> in KFAC(...), or optimizer.loss_terms = <number> before each step()")

@@ -55,7 +55,8 @@ class Layer:
 
     def __init__(self, name, weight, bias, kind, blocks=1, bias_rows=None, transposed=False):
         self.name, self.weight, self.bias, self.kind = name, weight, bias, kind
-        self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
+        # equal blocks of the weight's rows, each with its inputs; as the module has them, and now
+        self.own_blocks = self.blocks = blocks
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
         # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
@@ -137,10 +138,11 @@ def layers_of(name, module):
     if isinstance(module, nn.MultiheadAttention):
         E, b = module.embed_dim, own.get("in_proj_bias")
         if "in_proj_weight" in own:
-            yield Layer(f"{name}.in_proj_weight".lstrip("."), own["in_proj_weight"], b, "linear", 3)
+            yield Layer(f"{name}.in_proj_weight".lstrip("."), own["in_proj_weight"], b,
+                        "projection", 3)
         for i, key in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
             if key in own:
-                yield Layer(f"{name}.{key}".lstrip("."), own[key], b, "linear",
+                yield Layer(f"{name}.{key}".lstrip("."), own[key], b, "projection",
                             bias_rows=slice(i * E, i * E + E))
     elif weight is None:
         return
@@ -170,37 +172,43 @@ class Watcher(TorchFunctionMode):
         self.optimizer = weakref.ref(optimizer)
         self.layers = {}                       # weight: Layer
         self.on = True                         # set by step(); constant during a forward pass
-        self.local = threading.local()         # depth: how many watched modules are being called
+        self.local = threading.local()         # inside: watched modules being called, outer first
         self.attention = None                  # follows attention through a forward pass, for MAC
         self.calls = None                      # tells calls of the model apart, for K-FAC
 
+    @property
+    def inside(self):
+        return self.local.__dict__.setdefault("inside", [])
+
     @torch.compiler.disable
-    def enter(self, args, kwargs):
-        depth = getattr(self.local, "depth", 0)
-        if depth == 0:
+    def enter(self, module, args, kwargs):
+        if not self.inside:
             if torch.jit.is_tracing() or self.optimizer() is None:
                 return
             if self.calls is not None:
                 self.calls.begin(args, kwargs)
             self.__enter__()
-        self.local.depth = depth + 1
+        self.inside.append(module)
 
     @torch.compiler.disable
-    def leave(self, output=None):
-        depth = getattr(self.local, "depth", 0)
-        if depth == 1:
+    def leave(self, module, output=None):
+        """End a module's call, and what it called; not if it failed before it was entered."""
+        if module not in self.inside:
+            return
+        while self.inside.pop() is not module:
+            pass
+        if not self.inside:
             self.__exit__(None, None, None)
             if self.calls is not None:
                 self.calls.end(output)
             if self.attention is not None:
                 self.attention.forget()
-        self.local.depth = max(0, depth - 1)
 
     def reset(self):
-        """End what an interrupted forward pass (Ctrl-C) left on."""
-        if getattr(self.local, "depth", 0):
-            self.local.depth = 1
-            self.leave()
+        """End a forward pass that was interrupted (Ctrl-C), which calls no hooks."""
+        if self.inside:
+            del self.inside[1:]
+            self.leave(self.inside[0])
 
     @torch.compiler.disable
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -246,18 +254,21 @@ class Watcher(TorchFunctionMode):
         self.contradict(layer, "it is used in another shape")
 
     def contradict(self, layer, why):
-        """From now on the layer takes the plain step."""
+        """From now on the layer takes the plain step, in a resumed run too."""
         layer.found = {"plain": why}
         layer.drop()
+        state = self.optimizer().state.get(layer.weight, {})
+        for name in ("updates", *layer.measured, *layer.prepared):
+            state.pop(name, None)
 
     def use_of(self, found, kind, x, out, bias, **details):
         """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
         layer, rows, _ = found
         blocks, size = slice(None), layer.out // layer.blocks
-        if kind != layer.kind:
+        if kind != layer.kind and (kind, layer.kind) != ("linear", "projection"):
             return self.contradict(layer, f"it is used as the weight of a {kind}")
-        if kind == "linear" and rows != slice(0, layer.out):
-            if rows.start % size or rows.stop % size:
+        if rows != slice(0, layer.out):
+            if kind != "linear" or rows.start % size or rows.stop % size:
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
@@ -327,7 +338,7 @@ class Enter(Hook):
     def __call__(self, module, args, kwargs):
         if self.watcher is not None and self.watcher.on and module is self.module \
                 and not is_exporting():
-            self.watcher.enter(args, kwargs)
+            self.watcher.enter(module, args, kwargs)
 
 
 class Leave(Hook):
@@ -339,7 +350,7 @@ class Leave(Hook):
                 # over several processes it is an autograd function, which the mode does not see
                 norm(self.watcher, output, args[0], module.weight, module.bias, eps=module.eps,
                      mean=None, var=None)
-            self.watcher.leave(output)
+            self.watcher.leave(module, output)
 
 
 def watch(model, watcher, hooked):
@@ -392,7 +403,8 @@ def linear(watcher, out, input, weight, bias=None):
         watcher.record(found, "linear", input, out, bias)
 
 
-def matmul(watcher, out, input, other, *, bias=None):
+def matmul(watcher, out, input, other=None, mat2=None, bias=None, **rest):
+    other = mat2 if other is None else other               # torch.mm's name for it
     found = watcher.find(other)
     if found is not None:
         layer, rows, turned = found

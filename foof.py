@@ -98,7 +98,7 @@ def plain(W, steps, lr=0.1, momentum=0.9, weight_decay=0.0, damping=1.0, stat_de
 class FOOF(PreconditionedSGD):
     __doc__ = PreconditionedSGD.__doc__
 
-    kinds = dict(linear="input covariance", conv="input covariance")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "input covariance")
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
 

@@ -15,13 +15,13 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     (6)  A ← A + w (A_batch − A),  w = (1 − β)/(1 − βᵏ)       bias-corrected average; P likewise
     (7)  P_batch = N Σ ĝ ĝᵀ under a loss that is a mean of N terms; ĝ: what backward() delivers
     (8)  expand: A_batch = Σ_{n,t} a aᵀ / (B S),  P_batch = N Σ_{n,t} ĝ ĝᵀ
-         reduce: A_batch = Σ_n m_n m_nᵀ / B,  P_batch = N Σ_n h_n h_nᵀ,  m_n = Σ_t a / S,  h_n = Σ_t ĝ
+         reduce: A_batch = Σ_n m mᵀ / B,  P_batch = N Σ_n h hᵀ,  m = Σ_t a / S,  h = Σ_t ĝ
     (9)  M ← μM + (G̃ + wd·W),  W ← W − ηM                     torch's momentum SGD
 
     symbol   in code                     shape
-    G        G                           (blocks, out/blocks, d); d = C/groups·kh·kw in convolutions,
-                                         + 1 for bias; one block per group of a convolution, three
-                                         for the q, k, v of nn.MultiheadAttention
+    G        G                           (blocks, out/blocks, d); d = C/groups·kh·kw (+ 1 for bias);
+                                         one block per group of a convolution, three for the q, k, v
+                                         of nn.MultiheadAttention
     A, P     state "covariance",         (blocks, d(d+1)/2), (blocks, ·): lower triangles by rows
              "output_covariance"
     Cholesky factors of (3): "factor", "output_factor"           (blocks, d, d), (blocks, ·, ·)
@@ -114,10 +114,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from calls import Call, Calls, check_terms, count_terms
-from covariance import (damped_cholesky, gram, input_covariance, pack, pixel_gram, solve_right,
-                        unpack)
-from optimizer import PreconditionedSGD, world_size
+from covariance import (damped_cholesky, eigenbasis, gram, input_covariance, mean_eigenvalue, pack,
+                        pixel_gram, side, solve_right, unpack)
+from optimizer import PreconditionedSGD
 from patches import patch_sum
+from pooling import world_size
 from precision import at_least_float32, full_precision
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) are factored at a time
@@ -205,36 +206,6 @@ def dampings(A, P, damping):
     return pi * damping ** 0.5, damping ** 0.5 / pi
 
 
-def mean_eigenvalue(packed):
-    """tr A / d of packed A (blocks, ·): row i of a triangle has i + 1 numbers, the last diagonal."""
-    ends = torch.arange(1, side(packed) + 1).cumsum(0) - 1
-    return packed[:, ends.to(packed.device)].mean(1)
-
-
-def side(packed):
-    """d of packed A (blocks, d(d+1)/2)."""
-    return int((2 * packed.shape[1]) ** 0.5)
-
-
-def eigenbasis(A):
-    """(4)  Eigenvectors and values of A (..., d, d) ⪰ 0, and for each A whether that failed.
-
-    Only the lower triangle is read. Float32 LAPACK raises, or returns nan, for some matrices with
-    many zeros, as dead features make them: then float64.
-    """
-    found = A, A[..., 0], torch.ones_like(A[..., 0, 0], dtype=torch.bool)
-    for dtype in (A.dtype, torch.float64):
-        try:
-            values, vectors = torch.linalg.eigh(A.to(dtype))
-        except torch.linalg.LinAlgError:
-            continue
-        failed = ~(values.isfinite().all(-1) & vectors.isfinite().all(-1).all(-1))
-        found = vectors.to(A.dtype), values.clamp(min=0).to(A.dtype), failed
-        if not failed.any():
-            break
-    return found
-
-
 def solve_factored(G, factor, output_factor):
     """(3)  (L' L'ᵀ)⁻¹ G (L Lᵀ)⁻¹ with A + π√λ I = L Lᵀ and P + √λ/π I = L' L'ᵀ."""
     return solve_right(solve_right(G, factor).mT, output_factor).mT
@@ -280,21 +251,25 @@ class KFAC(PreconditionedSGD):
 
     kinds = dict(linear="Kronecker factors", conv="Kronecker factors")
     needs_gradients = True
-    failure = ("the covariances of layer {name} with damping {damping} are not positive definite to "
-               "rounding; raise damping")
+    failure = ("the covariances of layer {name} with damping {damping} are not positive definite "
+               "to rounding; raise damping")
 
     def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, nesterov=False,
                  weight_decay=0.0, decoupled_weight_decay=False, damping=0.03, stat_decay=0.95,
                  tcov=5, tinv=50, fisher="empirical", inverse="factored", weight_sharing="expand",
                  loss_terms="samples", kl_clip=1e-3, grad_scaler=None, maximize=False, foreach=None,
                  fused=None):
-        check_choices(fisher=fisher, inverse=inverse, weight_sharing=weight_sharing)
-        check_terms(loss_terms)
+        for name, value, choices in (("fisher", fisher, ("empirical", "sampled")),
+                                     ("inverse", inverse, ("factored", "eigen")),
+                                     ("weight_sharing", weight_sharing, ("expand", "reduce"))):
+            if value not in choices:
+                raise ValueError(f"KFAC: {name} must be one of {choices}, got {value!r}")
         if kl_clip is not None and not 0 < kl_clip < inf:
             raise ValueError(f"KFAC: kl_clip must be a positive number or None, got {kl_clip}")
+        check_terms(loss_terms)
         self.fisher, self.inverse, self.reduce = fisher, inverse, weight_sharing == "reduce"
         self.loss_terms, self.kl_clip, self.grad_scaler = loss_terms, kl_clip, grad_scaler
-        self.scale, self.error = 1.0, None
+        self.error = None
         super().__init__(
             model, params,
             dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
@@ -304,17 +279,17 @@ class KFAC(PreconditionedSGD):
         # a GradScaler then hands its scale over, and leaves it to step() to skip
         self._step_supports_amp_scaling = grad_scaler is None
 
+    def find_layers(self):
+        self.sequence_first = any(getattr(module, "batch_first", True) is False
+                                  for module in self.model.modules())
+        super().find_layers()
+
     def set_up(self, layer):
-        sides = dict(zip(("", "output_"), (layer.d, layer.out // layer.blocks)))
-        layer.measured = {prefix + "covariance": (layer.blocks, d * (d + 1) // 2)
-                          for prefix, d in sides.items()}
-        layer.prepared = {}
-        for prefix, d in sides.items():
-            if self.inverse == "factored":
-                layer.prepared[prefix + "factor"] = layer.blocks, d, d
-            else:
-                layer.prepared[prefix + "vectors"] = layer.blocks, d, d
-                layer.prepared[prefix + "values"] = layer.blocks, d
+        n, layer.measured, layer.prepared = layer.blocks, {}, {}
+        for prefix, d in (("", layer.d), ("output_", layer.out // n)):
+            layer.measured[prefix + "covariance"] = n, d * (d + 1) // 2
+            layer.prepared |= {prefix + "factor": (n, d, d)} if self.inverse == "factored" else {
+                prefix + "vectors": (n, d, d), prefix + "values": (n, d)}
 
     # ---- statistics ----
 
@@ -328,7 +303,7 @@ class KFAC(PreconditionedSGD):
         inputs = [shape for shape, _ in use.call.inputs]
         if inputs and len(inputs[0]) == use.out.dim() == (3 if use.kind == "conv" else 1):
             use.call.batched = False
-        if use.batch is None and use.x.dim() == 3 and self.has_sequence_first():
+        if self.sequence_first and use.batch is None and use.x.dim() == 3:
             samples = {shape[0] for shape in inputs}
             if use.x.shape[1] in samples and len(use.x) not in samples:
                 use.batch = use.x.shape[1]
@@ -367,8 +342,8 @@ class KFAC(PreconditionedSGD):
         if failed:
             raise self.error or RuntimeError("KFAC: another rank does not know how many terms its "
                                              "loss has, and tells why")
-        ranks = 1 if self.fisher == "sampled" else world_size()
-        self.share = (self.scale * ranks) ** 2 / (terms or 1)                              # (7)
+        factor = 1 if self.fisher == "sampled" else self.scale * world_size()
+        self.share = factor ** 2 / (terms or 1)                                            # (7)
 
     def divisors(self, layer, name, rows):
         return rows if name == "covariance" else [self.share if n else 0 for n in rows]
@@ -377,7 +352,7 @@ class KFAC(PreconditionedSGD):
         """N of this rank; RuntimeError if it is not known."""
         layers = [layer for layer in self.layers.values() if layer.calls]
         if self.fisher == "empirical":
-            return count_terms(layers, self.loss_terms, self.has_sequence_first())
+            return count_terms(layers, self.loss_terms, self.sequence_first)
         for layer in layers:
             _, drawn = layer.pending.get("output_covariance", (None, None))
             if drawn != layer.pending["covariance"][1]:
@@ -385,9 +360,6 @@ class KFAC(PreconditionedSGD):
                     "KFAC: fisher='sampled' needs sample_fisher(logits) before each "
                     "loss.backward(), and activation checkpointing with use_reentrant=False")
         return sum(call.terms for call in {call for layer in layers for call, _ in layer.calls})
-
-    def has_sequence_first(self):
-        return any(getattr(module, "batch_first", True) is False for module in self.model.modules())
 
     def sample_fisher(self, logits):
         """Sample the labels of (1) from softmax(logits), and take the output gradients they give.
@@ -435,24 +407,22 @@ class KFAC(PreconditionedSGD):
     @torch.no_grad()
     def step(self, closure=None):
         """Statistics, refresh, precondition, momentum-SGD step. Afterwards p.grad is raw again."""
-        found_inf = getattr(self, "found_inf", None)            # set by a GradScaler for the call
+        found_inf, scale = (vars(self).pop(name, None) for name in ("found_inf", "grad_scale"))
+        self.scale = 1.0 if scale is None else scale.item()
         if found_inf is None:
             return super().step(closure)
-        scale, self.found_inf, self.grad_scale = self.grad_scale, None, None
         if found_inf:
             for layer in self.layers.values():
                 layer.drop()
-            return None
-        if scale is None and self.fisher == "empirical":
+        elif scale is None and self.fisher == "empirical":
             raise RuntimeError("KFAC: after unscale_() a GradScaler does not tell its scale, which "
                                "the statistics need: give KFAC(..., grad_scaler=scaler)")
-        self.scale = 1.0 if scale is None else scale.item()
-        try:
-            torch._foreach_mul_([p.grad for group in self.param_groups for p in group["params"]
-                                 if p.grad is not None], 1 / self.scale)
-            return super().step(closure)
-        finally:
-            self.scale = 1.0
+        else:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if p.grad is not None:
+                    p.grad.mul_(1 / self.scale)
+            super().step(closure)
+        self.found_inf = self.grad_scale = None                 # the scaler will delete them
 
     def prepare_all(self, parts):
         """(3) or (4): what each list of layers of one shape, with its damping, is to apply.
@@ -521,12 +491,3 @@ class KFAC(PreconditionedSGD):
         scale = kl_scale(inner, self.kl_clip)
         for _, _, new in found:
             new.mul_(scale.to(new.device))
-
-
-def check_choices(**chosen):
-    """Raise ValueError, naming the argument and its value, for what is none of the choices."""
-    choices = dict(fisher=("empirical", "sampled"), inverse=("factored", "eigen"),
-                   weight_sharing=("expand", "reduce"))
-    for name, value in chosen.items():
-        if value not in choices[name]:
-            raise ValueError(f"KFAC: {name} must be one of {choices[name]}, got {value!r}")

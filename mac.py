@@ -87,7 +87,9 @@ USAGE
     optimizer.step()
 """
 import re
+from math import lcm
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -153,7 +155,7 @@ class MAC(PreconditionedSGD):
     """
 
     first = None                   # the weight of the layer of (5)
-    kinds = dict(linear="mean input", conv="mean input")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "mean input")
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
 
@@ -274,27 +276,32 @@ class MAC(PreconditionedSGD):
     def set_values(self, layer, rows):
         """Give these rows of a layer's weight, which made values, blocks of their own. False where
         that cannot be: then they keep the plain mean."""
-        found = value_blocks(rows, layer.out, layer.blocks)
         known = layer.found.get("values")
-        if layer.weight is self.first or found is None:
+        found = value_blocks(rows, layer.out, layer.blocks)
+        if layer.weight is self.first or found is None and known is None:
             return False
-        if known is None or known[0] == found[0] and known[1] == found[1]:
+        if known is None:
             self.divide(layer, *found)
         elif known != found:                # other rows than before: no mean would be right
             self.divide(layer, layer.blocks, ())
-        return bool(layer.found["values"][1])
+        return layer.found["values"] == found
 
     def divide(self, layer, blocks, values):
-        """The layer has so many blocks of rows, of which these made values."""
+        """The layer has so many blocks of rows, of which these made values.
+
+        What is pending for these blocks came of uses whose attention was not followed.
+        """
         state, times = self.state.get(layer.weight, {}), blocks // layer.blocks
         for name in ("mean", "applied"):
-            if name in state and times > 1:
+            if name in state:
                 state[name] = state[name].repeat_interleave(times, 0)
-        for name, (total, counts) in list(layer.pending.items()):
-            if times > 1:
-                layer.pending[name] = (total.repeat_interleave(times, 0),
-                                       [n for n in counts for _ in range(times)])
+        for name, (total, counts) in layer.pending.items():
+            total, counts = total.repeat_interleave(times, 0), np.repeat(counts, times)
+            total[list(values)] = counts[list(values)] = 0
+            layer.pending[name] = total, counts.tolist()
         layer.blocks, layer.found["values"] = blocks, (blocks, tuple(values))
+        if not values:
+            layer.drop()
         self.set_up(layer)
 
     def blocks_of(self, layer, use):
@@ -309,11 +316,13 @@ class MAC(PreconditionedSGD):
         """A step whose attention was not followed adds nothing: its rows of v are unknown."""
         return rows if all(rows) else [0] * len(rows)
 
-    def merge(self, layer, found):
-        super().merge(layer, found)
-        if "values" in found and found["values"] != layer.found.get("values"):
-            known = layer.found.get("values")
-            self.divide(layer, *(found["values"] if known is None else (layer.blocks, ())))
+    def merge(self, layer, everyone):
+        super().merge(layer, everyone)
+        values = {found["values"] for found in everyone if "values" in found}
+        if values and layer.active:
+            same = (lcm(*[blocks for blocks, _ in values]), ()) if len(values) > 1 else values.pop()
+            if layer.found.get("values") != same:
+                self.divide(layer, *same)
 
     def begin_step(self):
         super().begin_step()
@@ -323,6 +332,9 @@ class MAC(PreconditionedSGD):
                 self.state[layer.weight]["values"] = [blocks, *values]
 
     def restore(self, layer, saved):
+        layer.blocks = layer.own_blocks
+        layer.found.pop("values", None)
+        self.set_up(layer)
         if "values" in saved:
             blocks, *values = saved["values"]
             if blocks % layer.blocks == 0 and layer.out % blocks == 0:

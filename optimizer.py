@@ -19,18 +19,17 @@ prepare and apply together, as the blocks of one layer, so a small network costs
 
 State stands in optimizer.state[weight] under plain names, with "updates" (k) and "step".
 """
-import hashlib
 import inspect
 import warnings
 import weakref
-from math import isfinite
+from contextlib import suppress
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 from blocks import gradient_matrix, joined, replace_gradients, stacks
 from capture import Watcher, candidates, watch
+from pooling import agree, pool
 from precision import at_least_float32, full_precision
 
 POSITIVE = (lambda v: 0 < v < float("inf"), "a positive number")
@@ -82,9 +81,10 @@ class Preconditioner(torch.optim.Optimizer):
     def check(self, group):
         """Raise ValueError, naming the argument and its value, for what the step cannot use."""
         for name, (valid, wanted) in self.checks.items():
-            if not valid(group[name]):
-                raise ValueError(
-                    f"{type(self).__name__}: {name} must be {wanted}, got {group[name]}")
+            with suppress(TypeError):                                # of a string, or None
+                if valid(group[name]):
+                    continue
+            raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {group[name]!r}")
 
     def add_param_group(self, param_group):
         if self.ready and isinstance(param_group, dict):
@@ -163,14 +163,13 @@ class Preconditioner(torch.optim.Optimizer):
         if self.model is None:
             raise RuntimeError(f"{type(self).__name__}: this optimizer was copied or unpickled and "
                                "has no model; make a new one and load this one's state_dict()")
-        due = [(layer, group) for layer, group in self.grouped() if layer.on]
-        if not due:
+        if not any(layer.on for layer in self.layers.values()):
             return
+        agree(list(self.layers.values()), self.merge)
+        due = [(layer, group) for layer, group in self.grouped() if layer.on]
         for layer, _ in due:
             if layer.weight.grad is None:      # dropped, and no backward pass has come since
                 layer.drop()
-        self.agree_on_layers()
-        due = [(layer, group) for layer, group in due if layer.active]
         found = self.pooled([layer for layer, _ in due]) if due else {}
         self.check_captured(found, due)
         averages = {}
@@ -210,41 +209,20 @@ class Preconditioner(torch.optim.Optimizer):
                 "step(), or was backward() not called?")
 
     def pooled(self, layers):
-        """{layer: {name: Σ / rows}} of the layers that some rank saw. Drops the sums.
-
-        One flat buffer for all layers, so that ranks agree by one all-reduce, and one look at the
-        buffer finds what is not finite.
-        """
-        like = max((layer.weight for layer in layers), key=lambda w: w.dtype == torch.float64)
-        like = like.new_empty(0, dtype=at_least_float32(like))
-        slots = [(layer, name, torch.Size(shape)) for layer in layers
-                 for name, shape in layer.measured.items()]
-        sums, rows = [], []
-        for layer, name, shape in slots:
-            total, counts = layer.pending.get(name, (None, [0] * shape[0]))
-            sums.append(like.new_zeros(shape.numel()) if total is None else
-                        total.to(like).flatten())
-            rows += counts
-        numbers = rows + self.numbers_to_sum()
-        flat = torch.cat(sums + [torch.tensor(numbers, dtype=like.dtype, device="cpu").to(like)])
-        for layer in layers:
-            layer.drop()
-        if world_size() > 1:
-            dist.all_reduce(flat)
-        sums, counts = flat.split([len(flat) - len(numbers), len(numbers)])
-        ends = torch.stack([flat.amin(), flat.amax()])
-        *counts, least, most = torch.cat([counts, ends]).tolist()
-        parts = sums.split([shape.numel() for *_, shape in slots])
-        if not (isfinite(least) and isfinite(most)):             # nan is both
-            self.refuse_nonfinite(slots, parts)
-        self.summed_numbers(counts[len(rows):])
-        found, blocks, divisors, first = {}, [], [], 0
-        for (layer, name, shape), part in zip(slots, parts):
-            each = self.divisors(layer, name, counts[first:first + shape[0]])
-            first += shape[0]
+        """{layer: {name: Σ / rows}} of the layers that some rank saw. Drops their sums."""
+        slots, totals, bad = pool(layers, self.numbers_to_sum())
+        if bad is not None:
+            raise FloatingPointError(
+                f"{type(self).__name__}: the statistics ({bad[1]}) of layer {bad[0].name} are not "
+                f"finite in step {self.steps}; no parameter was changed. Lower the learning rate, "
+                "or look for the overflow that caused it")
+        self.summed_numbers(totals)
+        found, blocks, divisors = {}, [], []
+        for layer, name, total, rows in slots:
+            each = self.divisors(layer, name, rows)
             if any(each):
-                found.setdefault(layer, {})[name] = part.view(shape)
-                blocks += part.view(shape).unbind()
+                found.setdefault(layer, {})[name] = total
+                blocks += total.unbind()
                 divisors += [n or 1 for n in each]
         if blocks:
             torch._foreach_div_(blocks, divisors)
@@ -262,42 +240,12 @@ class Preconditioner(torch.optim.Optimizer):
         """By what the sums of a layer's blocks are divided; 0 where there is nothing to average."""
         return rows
 
-    def refuse_nonfinite(self, slots, parts):
-        layer, name = next((layer, name) for (layer, name, _), part in zip(slots, parts)
-                           if not part.isfinite().all())
-        raise FloatingPointError(
-            f"{type(self).__name__}: the statistics ({name}) of layer {layer.name} are not finite "
-            f"in step {self.steps}; no parameter was changed. Lower the learning rate, or look for "
-            "the overflow that caused it")
-
-    def agree_on_layers(self):
-        """What uses have shown of the layers must be the same on all ranks before they reduce."""
-        if world_size() == 1:
-            return
-        facts = {layer.name: layer.found for layer in self.layers.values()
-                 if layer.weight.requires_grad}
-        digest = hashlib.sha256(repr(sorted(
-            (name, sorted(found.items())) for name, found in facts.items())).encode()).digest()
-        number = int.from_bytes(digest[:7], "big")
-        device = next(iter(self.layers)).device
-        ends = torch.tensor([number, -number], dtype=torch.int64).to(device)
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-        if ends[0].item() == -ends[1].item():
-            return
-        everyone = [None] * world_size()
-        dist.all_gather_object(everyone, facts)
-        if any(theirs.keys() != facts.keys() for theirs in everyone):
-            raise RuntimeError(f"{type(self).__name__}: ranks train different layers, for example "
-                               f"{sorted(set.symmetric_difference(*map(set, everyone[:2])))[:1]}")
-        for layer in self.layers.values():
-            for theirs in everyone:
-                self.merge(layer, theirs.get(layer.name, {}))
-
-    def merge(self, layer, found):
-        """Take over what another rank's uses have shown of a layer."""
-        if "plain" in found and "plain" not in layer.found:
-            self.watcher.contradict(layer, found["plain"])
-        elif "bias" in found and "bias" not in layer.found:
+    def merge(self, layer, everyone):
+        """Take over what the uses on all ranks have shown of a layer."""
+        reasons = [found["plain"] for found in everyone if "plain" in found]
+        if reasons:
+            self.watcher.contradict(layer, reasons[0])
+        elif "bias" not in layer.found and any("bias" in found for found in everyone):
             self.part_with_bias(layer)
 
     # ---- the rest of torch's interface ----
@@ -321,6 +269,7 @@ class Preconditioner(torch.optim.Optimizer):
     @torch.compiler.disable
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
+        self.watcher.reset()
         for layer in self.layers.values():
             layer.drop()
 
@@ -526,7 +475,3 @@ def remove_hooks(hooked):
     for handles in hooked.values():
         for handle in handles:
             handle.remove()
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

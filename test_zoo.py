@@ -62,7 +62,7 @@ FAMILIES = {
 class Rows(PreconditionedSGD):
     """Preconditions nothing: sums g aᵀ over the rows that it is shown."""
 
-    kinds = dict(linear="rows", conv="rows")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "rows")
     needs_gradients = True
 
     def __init__(self, model):

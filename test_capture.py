@@ -1,0 +1,644 @@
+"""A layer is a use of a weight: what the optimizers see of a model, whatever its code looks like.
+
+`test_use` needs no knowledge of a model's inside. A weight W that meets rows a_r and makes s_r from
+them has the gradient G = Σ g_r a_rᵀ, g = ∂loss/∂s. With no more rows than outputs and random g, this
+gives the rows back: a = (gᵀ)⁺ G. With them the step is formed as the paper has it.
+"""
+import contextlib
+import copy
+import functools
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+import models
+from adafisher import AdaFisherW
+from kfac import KFAC
+from mac import MAC
+from test_math import EXACT, METHODS, formula
+from testing import (OPTIMIZERS, close, factory, loss_of, make_data, make_net, only, parameters,
+                     raises, randn, snapshot, trained, usual)
+
+SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
+SIX["adafisherw"] = factory(AdaFisherW, **EXACT, weight_decay=0.0)
+
+
+def listed(optimizer):
+    """The names that print(optimizer) says are preconditioned."""
+    lines = str(optimizer).split("preconditioned:")[1].split("plain step:")[0].split("\n")[1:]
+    return {line.split(":")[0].strip() for line in lines if line.strip()}
+
+
+# ---- uses of a weight ----
+
+class Uses(nn.Module):
+    """`layer`, and a function of self and x that uses its weight; `beside`, an ordinary layer."""
+
+    def __init__(self, layer, use, beside=None):
+        super().__init__()
+        self.layer, self.use, self.beside = layer, use, beside
+
+    def forward(self, x):
+        ys = self.use(self, x)
+        ys = [ys] if torch.is_tensor(ys) else [*ys]
+        return ys if self.beside is None else ys + [self.beside(randn(4, 3))]
+
+
+class Normed(nn.Linear):
+    def forward(self, x):
+        return super().forward(F.layer_norm(x, x.shape[-1:]))
+
+
+class Padded(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.pad(x, (1, 0)), self.weight, self.bias)
+
+
+class Dropped(nn.Linear):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.5))
+
+
+class Squared(nn.Linear):
+    def forward(self, input):
+        return torch.addmm(self.bias, input * input, self.weight.t())
+
+
+class Mirrored(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.weight, self.bias, self.stride)
+
+
+class Turned(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.mT).mT
+
+
+class Tokens(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).flatten(2).mT
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w / w.flatten(1).std(1)[:, None, None, None], self.bias)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, its weight (d, out)."""
+
+    def __init__(self, d, out):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(d, out)), nn.Parameter(torch.zeros(out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+def called(m, x):
+    return m.layer(x)
+
+
+def replaced():
+    layer = nn.Linear(4, 9)
+    layer.forward = lambda x: F.linear(2 * x, layer.weight, layer.bias)
+    return layer
+
+
+def hooked():
+    layer = nn.Linear(4, 9)
+    layer.register_forward_pre_hook(lambda _, args: (args[0].tanh(),))
+    return layer
+
+
+def linear():
+    return nn.Linear(4, 9)
+
+
+def plain_linear():
+    return nn.Linear(4, 9, bias=False)
+
+
+def square():
+    return nn.Linear(9, 9, bias=False)
+
+
+def conv(**options):
+    return functools.partial(nn.Conv2d, 2, 8, 2, **options)
+
+
+def parametrized(wrap):
+    return lambda: wrap(nn.Linear(4, 9))
+
+
+def functional(function):
+    return lambda m, x: function(x, m.layer.weight, m.layer.bias)
+
+
+def at_last(m, x):
+    """A use that comes after a proper one."""
+    return m.layer(x), torch.einsum("od,bd->bo", m.layer.weight, x)
+
+
+ROWS, TOKENS, IMAGES = (5, 4), (2, 3, 4), (2, 2, 3, 3)
+EXACT_USES = {            # the layer, its use, x's shape; outputs are (..., out), of images (B, out, ...)
+    "a module": (linear, called, ROWS),
+    "tokens": (linear, called, TOKENS),
+    "normalises": (functools.partial(Normed, 4, 9), called, ROWS),
+    "normalises tokens": (functools.partial(Normed, 4, 9), called, TOKENS),
+    "pads": (functools.partial(Padded, 5, 9), called, ROWS),
+    "drops": (functools.partial(Dropped, 4, 9), called, ROWS),
+    "squares": (functools.partial(Squared, 4, 9), called, ROWS),
+    "pads its images": (functools.partial(Mirrored, 2, 8, 3, stride=2), called, IMAGES),
+    "turns its images": (functools.partial(Turned, 2, 8, (1, 3)), called, (2, 2, 3, 4)),
+    "returns tokens": (functools.partial(Tokens, 2, 9, 2), called, IMAGES),
+    "groups": (conv(groups=2), called, (2, 2, 2, 3)),
+    "forward replaced": (replaced, called, ROWS),
+    "pre-hook": (hooked, called, ROWS),
+    "F.linear": (linear, functional(F.linear), TOKENS),
+    "F.linear, keywords": (linear, lambda m, x: F.linear(
+        bias=m.layer.bias, input=x, weight=m.layer.weight), TOKENS),
+    "F.linear, no bias": (plain_linear, functional(F.linear), ROWS),
+    "@ w.t()": (plain_linear, lambda m, x: x @ m.layer.weight.t(), TOKENS),
+    "@ w.T": (plain_linear, lambda m, x: x @ m.layer.weight.T, ROWS),
+    "@ w.mT": (square, lambda m, x: x @ m.layer.weight.mT, (5, 9)),
+    "matmul": (plain_linear, lambda m, x: torch.matmul(x, m.layer.weight.transpose(0, 1)), TOKENS),
+    "mm": (plain_linear, lambda m, x: x.mm(m.layer.weight.t()), ROWS),
+    "mm, keyword": (plain_linear, lambda m, x: torch.mm(x, mat2=m.layer.weight.t()), ROWS),
+    "addmm": (linear, lambda m, x: torch.addmm(m.layer.bias, x, m.layer.weight.t()), ROWS),
+    "Tensor.addmm": (linear, lambda m, x: m.layer.bias.addmm(x, m.layer.weight.t()), ROWS),
+    "Conv1D": (functools.partial(Conv1D, 4, 9), called, TOKENS),
+    "F.conv2d": (conv(), functional(F.conv2d), IMAGES),
+    "F.conv2d, own padding": (conv(), lambda m, x: F.conv2d(
+        x, m.layer.weight, m.layer.bias, stride=2, padding=(0, 1)), IMAGES),
+    "a view of all rows": (plain_linear, lambda m, x: F.linear(x, m.layer.weight[:]), ROWS),
+    "twice": (linear, lambda m, x: (m.layer(x[:2]), F.linear(x[2:] + 1, m.layer.weight,
+                                                             m.layer.bias)), ROWS),
+    "checkpointed function": (linear, lambda m, x: checkpoint(
+        lambda x: F.linear(x.tanh(), m.layer.weight, m.layer.bias), x, use_reentrant=False), ROWS),
+    "checkpointed module": (functools.partial(Normed, 4, 9), lambda m, x: checkpoint(
+        m.layer, x.requires_grad_(), use_reentrant=True), ROWS),
+}
+PLAIN_USES = {            # what the statistics do not describe, or nobody sees
+    "bias added later": (linear, lambda m, x: x @ m.layer.weight.t() + m.layer.bias, ROWS),
+    "no bias": (linear, lambda m, x: F.linear(x, m.layer.weight), ROWS),
+    "another bias": (linear, lambda m, x: F.linear(x, m.layer.weight, 2 * m.layer.bias), ROWS),
+    "its transpose": (square, lambda m, x: x @ m.layer.weight, (5, 9)),
+    "F.linear of the transpose": (square, lambda m, x: F.linear(x, m.layer.weight.t()), (5, 9)),
+    "on the left": (square, lambda m, x: m.layer.weight @ x, (9, 5)),
+    "encoder and decoder": (square, lambda m, x: F.linear(
+        F.linear(x, m.layer.weight).tanh(), m.layer.weight.t()), (5, 9)),
+    "Conv1D, turned": (functools.partial(Conv1D, 9, 9), lambda m, x: F.linear(
+        x, m.layer.weight, m.layer.bias), (5, 9)),
+    "scaled": (linear, lambda m, x: F.linear(x, 2 * m.layer.weight, m.layer.bias), ROWS),
+    "cast": (linear, lambda m, x: F.linear(x.float(), m.layer.weight.float()).double(), ROWS),
+    "masked": (plain_linear, lambda m, x: F.linear(x, m.layer.weight * (m.layer.weight > 0)), ROWS),
+    "standardised": (functools.partial(Standardised, 2, 8, 2), called, IMAGES),
+    "weight norm": (parametrized(nn.utils.parametrizations.weight_norm), called, ROWS),
+    "spectral norm": (parametrized(nn.utils.parametrizations.spectral_norm), called, ROWS),
+    "some of its rows": (linear, lambda m, x: F.linear(
+        x, m.layer.weight[:3], m.layer.bias[:3]), ROWS),
+    "all its rows, in parts": (plain_linear, lambda m, x: torch.cat(
+        [F.linear(x, part) for part in m.layer.weight.split([3, 6])], -1), ROWS),
+    "every third row": (plain_linear, lambda m, x: F.linear(x, m.layer.weight[::3]), ROWS),
+    "some of its columns": (plain_linear, lambda m, x: F.linear(x[:, :3], m.layer.weight[:, :3]),
+                            ROWS),
+    "some of its filters": (conv(bias=False), lambda m, x: F.conv2d(x, m.layer.weight[:4]), IMAGES),
+    "some of its groups": (conv(groups=2, bias=False), lambda m, x: F.conv2d(
+        x, m.layer.weight[:4], groups=2), IMAGES),
+    "other groups": (conv(groups=2, bias=False), lambda m, x: F.conv2d(
+        x[:, :1], m.layer.weight), IMAGES),
+    "filters as rows": (conv(bias=False), lambda m, x: F.linear(
+        F.unfold(x, 2).mT, m.layer.weight.flatten(1)), IMAGES),
+    "einsum": (plain_linear, lambda m, x: torch.einsum("od,bd->bo", m.layer.weight, x), ROWS),
+    "a module, then einsum": (plain_linear, at_last, ROWS),
+    "a module and embedding": (plain_linear, lambda m, x: (m.layer(x), F.embedding(
+        torch.tensor([0, 3]), m.layer.weight)), ROWS),
+    "addmm with factors": (linear, lambda m, x: torch.addmm(
+        m.layer.bias, x, m.layer.weight.t(), alpha=0.5), ROWS),
+    "batches of matrices": (square, lambda m, x: torch.bmm(
+        x, m.layer.weight.expand(2, 9, 9)), (2, 3, 9)),
+    "transposed convolution": (conv(bias=False), lambda m, x: F.conv_transpose2d(
+        x, m.layer.weight.mT), (2, 8, 3, 3)),
+    "checkpointed function, reentrant": (linear, lambda m, x: checkpoint(
+        lambda x: F.linear(x, m.layer.weight, m.layer.bias), x.requires_grad_(),
+        use_reentrant=True), ROWS),
+}
+
+
+def step_of(make, net, x):
+    """The optimizer after its first step, outputs with gradients, by how much parameters moved."""
+    optimizer, before = make(net), parameters(net)
+    ys = net(x)
+    for y in ys:
+        y.retain_grad()
+    torch.manual_seed(1)
+    sum((y * randn(*y.shape)).sum() for y in ys).backward()
+    optimizer.step()
+    return optimizer, ys, {name: before[name] - p.detach() for name, p in net.named_parameters()}
+
+
+def matrix(layer, weight, bias):
+    """[W | b] with an output a row, of a layer's weight and bias or what belongs to them."""
+    weight = weight.mT if isinstance(layer, Conv1D) else weight.flatten(1)
+    return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+
+
+@pytest.mark.parametrize("method", SIX)
+@pytest.mark.parametrize("use", EXACT_USES)
+def test_use(use, method):
+    """The step of the rows that the weight really met; print lists the layer."""
+    build, function, shape = EXACT_USES[use]
+    net = Uses(build(), function).double()
+    layer = net.layer
+    optimizer, ys, moved = step_of(SIX[method], net, randn(*shape) + 0.5)
+    G = matrix(layer, layer.weight.grad, None if layer.bias is None else layer.bias.grad)
+    blocks = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    G, g = G.view(blocks, len(G) // blocks, -1), []
+    for y in ys:
+        last = y.grad if y.shape[-1] == len(G[0]) * blocks else y.grad.movedim(1, -1)
+        g.append(last.reshape(-1, blocks, G.shape[1]).transpose(0, 1))
+    g = torch.cat(g, 1)                                              # (blocks, R, out/blocks)
+    assert g.shape[1] <= g.shape[2], "too few outputs to tell the rows"
+    a = torch.linalg.pinv(g.mT) @ G
+    want = formula(method.removesuffix("w"), G, [(a[:, None], g[:, None])],
+                   dict(samples=shape[0]), 0.3)
+    close(matrix(layer, moved["layer.weight"], moved.get("layer.bias")), want.flatten(0, 1), 1e-9)
+    assert listed(optimizer) == {"layer"}
+
+
+@pytest.mark.parametrize("method", SIX)
+@pytest.mark.parametrize("use", PLAIN_USES)
+def test_use_that_takes_the_plain_step(use, method):
+    """And print does not list the layer."""
+    build, function, shape = PLAIN_USES[use]
+    net = Uses(build(), function, beside=nn.Linear(3, 2)).double()
+    optimizer, _, moved = step_of(SIX[method], net, randn(*shape) + 0.5)
+    for name, p in net.named_parameters():
+        if name.startswith("layer"):
+            close(moved[name], torch.zeros_like(p) if p.grad is None else p.grad, 1e-6
+                  if use == "cast" else 1e-12)
+    assert listed(optimizer) == {"beside"}
+
+
+# ---- nn.MultiheadAttention ----
+
+class SelfAttention(nn.MultiheadAttention):
+    """Normalises its one input."""
+
+    def forward(self, x):
+        x = F.layer_norm(x, x.shape[-1:])
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("method", ("mac", "foof", "nysact, exact", "kfac", "adafisher"))
+@pytest.mark.parametrize("dropout", (0.0, 0.5))
+def test_multihead_attention_parts(method, dropout):
+    """in_proj_weight by its three inputs, out_proj by the rows that it got, after dropout."""
+    net = SelfAttention(8, 2, dropout=dropout, batch_first=True).double()
+    nn.init.normal_(net.in_proj_bias)
+    optimizer, before, x = SIX[method](net), parameters(net), randn(2, 3, 8)
+    y = net(x)
+    torch.manual_seed(1)
+    g = randn(*y.shape)
+    (y * g).sum().backward()
+    optimizer.step()
+    assert listed(optimizer) == {"in_proj_weight", "out_proj"}
+    out = net.out_proj
+    G = matrix(out, out.weight.grad, out.bias.grad)
+    rows, g = torch.linalg.pinv(g.view(6, 8).mT) @ G, g.view(6, 8)
+    want = formula(method, G[None], [(rows[None, None], g[None, None])], dict(samples=2), 0.3)[0]
+    moved = {name: before[name] - p for name, p in net.named_parameters()}
+    close(matrix(out, moved["out_proj.weight"], moved["out_proj.bias"]), want, 1e-9)
+    if method in ("foof", "nysact, exact", "mac"):                  # MAC: of q and k
+        a = F.pad(F.layer_norm(x, (8,)).view(1, 1, 6, 8), (0, 1), value=1.0)
+        G, change = (matrix(net, w, b).view(3, 8, 9)[:2 if method == "mac" else 3] for w, b in (
+            (net.in_proj_weight.grad, net.in_proj_bias.grad),
+            (moved["in_proj_weight"], moved["in_proj_bias"])))
+        close(change, formula(method, G, [(a, a)], {}, 0.3), 1e-9)
+
+
+# ---- what is no training pass ----
+
+class Small(nn.Module):
+    """A convolution, attention, a weight without its module, a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.attn = nn.Conv2d(3, 4, 3, stride=2), models.Attention(4, 2)
+        self.mlp, self.head = nn.Linear(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.attn(self.conv(x).flatten(2).mT)
+        return self.head(F.linear(x.tanh(), self.mlp.weight, self.mlp.bias).mean(1))
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return Small().double()
+
+
+@functools.cache
+def reference(make):
+    return trained(make, net=small())
+
+
+def vmapped(net, x):
+    torch.vmap(lambda one: net(one[None])[0])(x)
+
+
+def with_jvp(net, x):
+    with sdpa_kernel(SDPBackend.MATH):                 # the others cannot
+        torch.func.jvp(net, (x,), (torch.ones_like(x),))
+
+
+def forward_mode(net, x):
+    with torch.autograd.forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        net(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def per_sample_gradients(net, x):
+    def loss(values, one):
+        return torch.func.functional_call(net, values, (one[None],)).square().sum()
+    values = {name: p.detach() for name, p in net.named_parameters()}
+    torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+
+
+def other_parameters(net, x):
+    values = {name: 2 * p for name, p in net.named_parameters()}
+    torch.func.functional_call(net, values, (x,)).sum().backward(inputs=[*values.values()])
+
+
+def hessian_product(net, x):
+    p = net.head.weight
+    grad, = torch.autograd.grad(net(x).square().sum(), p, create_graph=True)
+    torch.autograd.grad(grad.sum(), p)
+
+
+def exported(strict):
+    def tool(net, x):
+        torch.export.export(net, (x,), strict=strict)
+    return tool
+
+
+def traced(net, x):
+    torch.jit.trace(net, x, check_trace=False)
+
+
+def symbolic(net, x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+    make_fx(net)(x)
+
+
+def fake(net, x):
+    from torch._subclasses import FakeTensorMode
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net(torch.empty(x.shape, dtype=x.dtype)).sum()
+
+
+def in_inference_mode(net, x):
+    with torch.inference_mode():
+        net(x)
+
+
+def raising(net, x):
+    """An exception inside the forward pass."""
+    handle = net.attn.qkv.register_forward_hook(lambda *_: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        net(x)
+    handle.remove()
+
+
+def never_backward(net, x):
+    net(3 * x)
+
+
+def trained_copy(net, x):
+    other = copy.deepcopy(net)
+    other(x).sum().backward()
+
+
+TOOLS = dict(
+    vmap=vmapped, jvp=with_jvp, forward_mode=forward_mode, per_sample=per_sample_gradients,
+    functional_call=other_parameters, hessian=hessian_product, export=exported(False),
+    strict_export=exported(True), trace=traced, make_fx=symbolic, fake=fake,
+    inference=in_inference_mode, exception=raising, never_backward=never_backward,
+    copy=trained_copy)
+
+
+@pytest.mark.filterwarnings("ignore")                     # torch.jit is deprecated
+@pytest.mark.parametrize("tool", TOOLS)
+def test_no_training_pass(make, tool):
+    """A tool used before a step, and between forward and backward, changes nothing, nor fails."""
+    def loop(model, optimizer, data):
+        for i, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            if i < 2:
+                TOOLS[tool](model, x + 1)
+            assert not _get_current_function_mode_stack()
+            loss = loss_of(model, x, y)
+            if i == 4:
+                TOOLS[tool](model, x - 1)
+            loss.backward()
+            optimizer.step()
+    close(trained(make, loop, net=small()), reference(make), 0)
+
+
+def test_interrupted(make):
+    """Ctrl-C in a forward pass: what was seen until then, and the watching, end with the step."""
+    def loop(model, optimizer, data):
+        for x, y in data:
+            handle = model.attn.qkv.register_forward_hook(interrupt)
+            with contextlib.suppress(KeyboardInterrupt):
+                model(2 * x[:2])
+            handle.remove()
+            usual(model, optimizer, [(x, y)])
+            assert not _get_current_function_mode_stack()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    close(trained(make, loop, net=small()), reference(make), 0)
+
+
+def test_exception_that_the_model_catches(make):
+    """A part that fails before its own hook ran does not end the watching of the whole."""
+    class Forgiving(Small):
+        def forward(self, x):
+            with contextlib.suppress(ValueError):
+                self.conv(x[0, 0, 0])
+            return super().forward(x)
+
+    def refuse(module, args):
+        if args[0].dim() == 1:
+            raise ValueError
+    net = small()
+    net.__class__ = Forgiving
+    net.conv.register_forward_pre_hook(refuse)
+    close(trained(make, net=net), reference(make), 0)
+
+
+# ---- several models, optimizers, threads ----
+
+@only("mac", "foof", "nysact", "kfac")
+def test_two_optimizers_on_parts_of_one_model(make):
+    """They end where one ends. (K-FAC without its clip, which joins all layers.)"""
+    def halves(net):
+        return [p for name, p in net.named_parameters() if ("attn" in name) == wanted]
+    options, nets = dict(kl_clip=None, input_covariance=False), (small(), small())
+    optimizers = []
+    for wanted in (False, True):
+        optimizers.append(make(nets[0], params=halves(nets[0]), **options))
+    together = make(nets[1], **options)
+    for x, y in make_data(8):
+        for optimizer in (*optimizers, together):
+            optimizer.zero_grad()
+        for net in nets:
+            loss_of(net, x, y).backward()
+        for optimizer in (*optimizers, together):
+            optimizer.step()
+    close(parameters(nets[0]), parameters(nets[1]), 1e-12)
+    assert listed(optimizers[0]) | listed(optimizers[1]) == listed(together)
+
+
+def test_nested_models(make):
+    """A generator inside the discriminator's call: each optimizer sees its own, and all of it."""
+    class Critic(nn.Module):
+        def __init__(self, generator):
+            super().__init__()
+            self.inner, self.head = [generator], nn.Linear(5, 2)        # not a submodule
+
+        def forward(self, x):
+            return self.head(self.inner[0](x))
+    ends = []
+    for nested in (True, False):
+        generator = small()
+        critic = Critic(generator).double()
+        nn.init.constant_(critic.head.weight, 0.3)
+        nn.init.zeros_(critic.head.bias)
+        optimizers = make(generator, tcov=3), make(critic, tcov=2)
+        for x, y in make_data(8):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            out = critic(x) if nested else critic.head(generator(x))
+            F.cross_entropy(out, y % 2).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        ends.append(parameters(generator) | parameters(critic))
+    close(*ends, 0)
+
+
+def test_threads(make):
+    """Two threads that run the halves of each batch at once."""
+    def loop(model, optimizer, data):
+        for x, y in data:
+            optimizer.zero_grad()
+            outs, meet = {}, threading.Barrier(2)
+
+            def run(i):
+                meet.wait()
+                outs[i] = model(x.chunk(2)[i])
+            threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            F.cross_entropy(torch.cat([outs[0], outs[1]]), y).backward()
+            optimizer.step()
+
+    def halves(model, optimizer, data):
+        for x, y in data:
+            optimizer.zero_grad()
+            F.cross_entropy(torch.cat([model(half) for half in x.chunk(2)]), y).backward()
+            optimizer.step()
+    close(trained(make, loop, net=small()), trained(make, halves, net=small()), 1e-12)
+
+
+def test_parts_called(make):
+    """A model whose parts are called, none through its own forward."""
+    def loop(model, optimizer, data):
+        for x, y in data:
+            optimizer.zero_grad()
+            tokens = model.attn(model.conv(x).flatten(2).mT)
+            F.cross_entropy(model.head(model.mlp(tokens.tanh()).mean(1)), y).backward()
+            optimizer.step()
+    close(trained(make, loop, net=small()), reference(make), 1e-13)
+
+
+class Checkpointed(Small):
+    reentrant = False
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).mT
+        x = checkpoint(self.attn, x, use_reentrant=self.reentrant)
+        return self.head(checkpoint(self.rest, x, use_reentrant=False).mean(1))
+
+    def rest(self, x):
+        return F.linear(x.tanh(), self.mlp.weight, self.mlp.bias)
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpointing(make, reentrant):
+    net = small()
+    net.__class__, net.reentrant = Checkpointed, reentrant
+    close(trained(make, net=net), reference(make), 1e-13)
+
+
+# ---- torch.compile ----
+
+def compiled_model(model, optimizer, data):
+    usual(torch.compile(model, backend="eager"), optimizer, data)
+
+
+def compiled_in_place(model, optimizer, data):
+    model.compile(backend="eager")
+    usual(model, optimizer, data)
+
+
+def compiled_part(model, optimizer, data):
+    model.attn.compile(backend="eager")
+    usual(model, optimizer, data)
+
+
+def compiled_step(model, optimizer, data):
+    @torch.compile(backend="eager")
+    def step(x, y):
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    for x, y in data:
+        step(x, y)
+
+
+def compiled_on_an_idle_step(model, optimizer, data):
+    usual(model, optimizer, data[:1])
+    usual(torch.compile(model, backend="eager"), optimizer, data[1:])
+
+
+def compiled_in_place_on_an_idle_step(model, optimizer, data):
+    usual(model, optimizer, data[:1])
+    model.compile(backend="eager")
+    usual(model, optimizer, data[1:])
+
+
+COMPILED = (compiled_model, compiled_in_place, compiled_part, compiled_step,
+            compiled_on_an_idle_step, compiled_in_place_on_an_idle_step)
+
+
+@only("mac", "kfac", "adafisher")
+@pytest.mark.parametrize("loop", COMPILED)
+def test_compiled(make, loop):
+    """It trains as it does without; or raises, and says what to do. Never in silence."""
+    torch._dynamo.reset()
+    try:
+        got = trained(make, loop, net=small())
+    except RuntimeError as error:
+        assert "optimizer.collecting" in str(error)
+    else:
+        close(got, reference(make), 1e-13)
