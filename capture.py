@@ -287,8 +287,8 @@ class Watcher(TorchFunctionMode):
 
     def record(self, found, kind, x, out, bias, **details):
         """Measure a use of a layer; its sums are pending from when it is backpropagated."""
-        layer, optimizer = found[0], self.optimizer()
-        use = self.use_of(found, kind, x, out, bias, **details) if layer.on else None
+        layer, optimizer = found[0], self.optimizer()       # None if it died in this pass
+        use = self.use_of(found, kind, x, out, bias, **details) if layer.on and optimizer else None
         if use is None:
             return
         if kind == "linear" and self.attention is not None:

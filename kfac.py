@@ -342,8 +342,9 @@ class KFAC(PreconditionedSGD):
         if failed:
             raise self.error or RuntimeError("KFAC: another rank does not know how many terms its "
                                              "loss has, and tells why")
-        factor = 1 if self.fisher == "sampled" else self.scale * world_size()
-        self.share = factor ** 2 / (terms or 1)                                            # (7)
+        terms = terms or 1                       # of zeros, where a mean has no terms
+        self.share = terms if self.fisher == "sampled" else \
+            (self.scale * world_size()) ** 2 / terms                                       # (7)
 
     def divisors(self, layer, name, rows):
         return rows if name == "covariance" else [self.share if n else 0 for n in rows]

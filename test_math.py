@@ -14,12 +14,13 @@ formula with matrices formed from explicit rows, `test_plain` whole runs against
                  (2)                              test_foof_ridge, test_foof_identities
                  (4), (6), all together           test_plain
                  (5)                              test_damped_cholesky, test_packed
-    kfac.py      (1), (3), (4)                    test_step, test_geometries, test_kfac_golden
-                 (2), (10)                        test_kfac_linear_network
+    kfac.py      all of it: plain                 test_kfac_plain, test_transcription
+                 (1), (3), (4)                    test_step, test_geometries, test_kfac_golden
+                 (2), (8)                         test_kfac_linear_network, test_kfac_attention
+                 (3)                              test_kfac_pi
                  (5)                              test_kfac_clip, test_kfac_golden
-                 (6), (9)                         test_transcription
                  (7)                              test_kfac_scaling, test_step
-                 (8)                              test_geometries
+                 how many terms                   test_kfac_terms, ..._contradict, ..._said
                  the sampled Fisher               test_kfac_sampled, test_kfac_fisher
     nysact.py    all of it: plain                 test_nysact_plain, test_transcription
                  (1), (2)                         test_step, test_geometries, test_multihead_...
@@ -81,7 +82,6 @@ METHODS = {
     "kfac": factory(KFAC, **EXACT),
     "kfac, eigen": factory(KFAC, **EXACT, inverse="eigen"),
     "kfac, reduce": factory(KFAC, **EXACT, weight_sharing="reduce"),
-    "kfac, tokens": factory(KFAC, **EXACT, loss_terms="tokens"),
     "adafisher": factory(AdaFisher, **EXACT),
 }
 
@@ -123,15 +123,14 @@ def output_rows(g, layer):
 
 
 def watch(net):
-    """{weight: [(input rows, output gradients) of each use]}, and the loss terms that K-FAC counts.
+    """{weight: [(input rows, output gradients) of each use]}, and the number of samples.
 
-    Both are filled by passes; terms are samples or tokens of the model's calls.
+    Both are filled by passes.
     """
     uses, terms = collections.defaultdict(list), collections.Counter()
 
     def count(module, args, kwargs):
-        x = (*args, *kwargs.values())[0]
-        terms.update(samples=len(x), tokens=x.shape[:2].numel())
+        terms.update(samples=len((*args, *kwargs.values())[0]))
 
     def keep(layer, args, kwargs, y):
         rows = input_rows((*args, *kwargs.values())[0], layer)
@@ -166,7 +165,7 @@ def formula(method, G, uses, terms, ρ, S=None):
         A = A @ S @ torch.linalg.pinv(S.mT @ A @ S, rtol=1e-12, hermitian=True) @ S.mT @ A
     if method.startswith(("foof", "nysact")):
         return G @ inverse(A, ρ)
-    P = terms["tokens" if method == "kfac, tokens" else "samples"] * g.mT @ g
+    P = terms["samples"] * g.mT @ g
     if method == "adafisher":
         H, S = (min_max(M.diagonal(dim1=1, dim2=2)) for M in (A, P))
         return G / (S[:, :, None] * H[:, None] + ρ)
@@ -178,14 +177,19 @@ def formula(method, G, uses, terms, ρ, S=None):
     return inverse(P, ρ ** 0.5 / π) @ G @ inverse(A, π * ρ ** 0.5)
 
 
-def check_step(method, net, call, later=lambda: None):
-    """One step, loss Σ cᵢ call()ᵢ, c random: each parameter's change against formula() or −∇."""
+def check_step(method, net, call, later=lambda: None, said=False):
+    """One step, loss Σ cᵢ call()ᵢ, c random: each parameter's change against formula() or −∇.
+
+    said: K-FAC is told how many terms the loss has.
+    """
     uses, terms = watch(net)
     optimizer, before = METHODS[method](net), parameters(net)
     learns = {p for p in net.parameters() if p.requires_grad}
     later()
     torch.manual_seed(1)
     sum((y * randn(*y.shape)).sum() for y in call()).backward()
+    if said and isinstance(optimizer, KFAC):
+        optimizer.loss_terms = terms["samples"]
     want = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for name, p in net.named_parameters()}
     names = {p: name for name, p in net.named_parameters()}
@@ -306,12 +310,17 @@ STEPS = {     # what is called on which input(s)
 }
 
 
+AMBIGUOUS = ("Linear, one row", "two calls", "tied", "tied, two biases", "tied, one bias",
+             "Conv2d, one image", "Conv2d, two geometries")       # as to how many terms the loss has
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", STEPS)
 def test_step(method, name):
     build, call = STEPS[name]
     net = build().double()
-    check_step(method, net, lambda: [net(randn(*call))] if isinstance(call, tuple) else call(net))
+    check_step(method, net, lambda: [net(randn(*call))] if isinstance(call, tuple) else call(net),
+               said=name in AMBIGUOUS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -583,7 +592,7 @@ def low_precision():
 
 
 @pytest.mark.parametrize("mode", ("float32", "autocast", "bfloat16 weights"))
-@pytest.mark.parametrize("method", [method for method in METHODS if "tokens" not in method])
+@pytest.mark.parametrize("method", METHODS)
 def test_precision(method, mode, low_precision):
     """float32 statistics of what the layers saw, whatever lower precision is asked for."""
     for layer, shape in ((nn.Linear(24, 8), (4, 9, 24)), (nn.Conv2d(16, 8, 3), (4, 16, 7, 7))):
@@ -1807,9 +1816,9 @@ def test_damping_guard(method, factor):
 
 def test_overflow_names_the_side():
     for method in ("foof", "kfac"):
-        raises(FloatingPointError, ("inputs of layer 0 ", "not finite"),
+        raises(FloatingPointError, ("(covariance) of layer 0 ", "not finite"),
                lambda: hard_step(method, lambda net: torch.full((4, 4), 1e30), 1.0))
-    raises(FloatingPointError, ("gradients of layer ", "not finite"),
+    raises(FloatingPointError, ("(output_covariance) of layer ", "not finite"),
            lambda: hard_step("kfac", constant, 1.0, scale=1e30))
 
 
@@ -1827,16 +1836,51 @@ def test_kfac_golden(inverse, kl_clip, ν, want):
     close(step / 0.1 / ν, want, 1e-11)
 
 
+@pytest.mark.parametrize("inverse", ("factored", "eigen"))
+@pytest.mark.parametrize("kl_clip", (1e-5, 1.0))
+def test_kfac_plain(inverse, kl_clip):
+    """Twelve steps of the class against `plain`: two convolutions and a linear layer, N = 4."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 2, stride=2,
+                        bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(24, 5)).double()
+    layers, data = [net[0], net[2], net[5]], [(x[:4, :2, :, :4], y[:4]) for x, y in make_data(12)]
+    options = dict(lr=0.2, momentum=0.9, weight_decay=0.01, damping=0.05, stat_decay=0.9, tcov=2,
+                   tinv=3, inverse=inverse, kl_clip=kl_clip)
+
+    def step(x, y):
+        def at(weights):
+            model = copy.deepcopy(net)
+            for layer, W in zip((model[0], model[2], model[5]), weights):
+                layer.weight.data = W[:, :layer.weight[0].numel()].reshape(layer.weight.shape)
+                if layer.bias is not None:
+                    layer.bias.data = W[:, -1]
+            uses, _ = watch(model)
+            loss_of(model, x, y).backward()
+            rows = []
+            for layer in (model[0], model[2], model[5]):
+                (a, g), = uses[layer.weight]
+                a, g = a.flatten(0, 2), g.flatten(0, 2)
+                rows.append((a if layer.bias is None else F.pad(a, (0, 1), value=1.0), g))
+            return len(x), rows
+        return at
+    start = [whole(*layer.parameters()).detach().clone() for layer in layers]
+    want = kfac.plain(start, [step(x, y) for x, y in data], **options)
+    usual(net, KFAC(net, **options), data)
+    for layer, W in zip(layers, want):
+        close(whole(*layer.parameters()), W, 1e-11)
+
+
 def test_kfac_pi():
     """(3) π is where the cross terms' trace norm is least; 1 where a trace is 0; no overflow."""
     A, P = (M @ M.mT for M in (randn(1, 6, 4), randn(1, 3, 2)))
     def cross(s):
         return (1 / s * A[0].trace() * len(P[0]) + s * P[0].trace() * len(A[0])).item()
-    π = kfac.pi_of(kfac.pack(A), kfac.pack(P), 6, 3)
-    assert cross(π[0]) < min(cross(π[0] * 1.001), cross(π[0] / 1.001))
-    close(kfac.pi_of(kfac.pack(0 * A), kfac.pack(P), 6, 3), [1.0], 0)
-    tiny = torch.eye(3)[None] * 1e-30
-    close(kfac.pi_of(kfac.pack(torch.eye(3)[None] * 1e30), kfac.pack(tiny), 3, 3), [1e30], 1e-5)
+
+    def π(A, P):
+        return kfac.dampings(kfac.pack(A), kfac.pack(P), 1.0)[0]
+    assert cross(π(A, P)[0]) < min(cross(π(A, P)[0] * 1.001), cross(π(A, P)[0] / 1.001))
+    close(kfac.dampings(kfac.pack(A), kfac.pack(P), 0.04)[1], 0.2 / π(A, P), 1e-14)
+    close(π(0 * A, P), [1.0], 0)
+    close(π(torch.eye(3)[None] * 1e30, torch.eye(3)[None] * 1e-30), [1e30], 1e-5)
 
 
 def all_pairs(x, residuals):
@@ -1860,7 +1904,7 @@ class LinearNetwork(nn.Module):
     ("expand", "tokens", "tokens", True), ("reduce", "samples", "pooled", True),
     ("expand", "samples", "pooled", False), ("reduce", "tokens", "tokens", False)))
 def test_kfac_linear_network(sharing, terms, kind, exact):
-    """(2), (10) exact: F = A ⊗ P in linear networks with squared loss, where K-FAC says it is.
+    """(2), (8) exact: F = A ⊗ P in linear networks with squared loss, where K-FAC says it is.
 
     The loss of an example with output f and residual r is ½|f − y|², y = f − r held fixed; over all
     pairs of inputs and residuals its gradients have the Fisher matrix of the model for covariance.
@@ -1903,7 +1947,7 @@ def test_kfac_linear_network(sharing, terms, kind, exact):
 
 @pytest.mark.parametrize("sharing", ("expand", "reduce"))
 def test_kfac_scaling(sharing):
-    """(7), (10): factors do not depend on batch size, micro-batches, the GradScaler's scale."""
+    """(7), (8): factors do not depend on batch size, micro-batches, the GradScaler's scale."""
     (x, y), = make_data(1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 60)
 
@@ -1979,7 +2023,7 @@ def test_kfac_fisher():
             optimizer.sample_fisher(logits)
         F.cross_entropy(logits, torch.zeros(len(logits)).long()).backward()
         optimizer.step()
-        P[fisher] = kfac.unpack(optimizer.state[model[0].weight]["output_covariance"], 3)[0]
+        P[fisher] = kfac.unpack(optimizer.state[model[0].weight]["output_covariance"])[0]
     close(P["sampled"], exact.tril(), 0.03)
     assert (P["empirical"] - exact.tril()).norm() > 0.3 * exact.norm()
 
@@ -2001,15 +2045,342 @@ def test_kfac_sampled_refuses():
     raises(RuntimeError, ("fisher='sampled'",), lambda: KFAC(net).sample_fisher(x))
 
 
-def test_kfac_refuses_parts():
-    """Parts of a model that are called without it: the number of loss terms is not known."""
-    model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2)}).double()
-    optimizer = KFAC(model)
-    model["head"](model["body"](randn(4, 3))).sum().backward()
-    raises(RuntimeError, ("loss terms", "parts"), optimizer.step)
-    text = repr(KFAC(make_net()))
-    for words in ("head: 5×9, Kronecker factors", "encoder.self_attn.out_proj", "plain step"):
-        assert words in text, words
+# What calls a model, how, and how many terms the loss then has: B = 4 samples, S = 3 tokens.
+
+class Returns(nn.Module):
+    """A linear layer on the first argument of floats; `shape` makes its output what it returns."""
+
+    def __init__(self, shape=lambda y: y, module=None):
+        super().__init__()
+        self.layer = nn.Linear(6, 5) if module is None else module
+        self.shape = shape
+
+    def forward(self, *args, **kwargs):
+        x = next(x for x in (*args, *kwargs.values()) if x.is_floating_point())
+        return self.shape(self.layer(x))
+
+
+class Parts(nn.Module):
+    """Parts that a training loop calls, none of them the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 5), nn.Tanh())
+        self.layer = self.decoder[0]
+
+
+class Language(nn.Module):
+    """Token ids to logits, by an embedding."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.embedding, self.layer, self.shape = nn.Embedding(7, 6), nn.Linear(6, 7), shape
+
+    def forward(self, ids, mask=None):
+        return self.shape(self.layer(self.embedding(ids)))
+
+
+class Encoder(nn.Module):
+    """torch's encoder, which takes positions first inside a model that takes samples first; or in
+    one that takes positions first and returns them (order None); or samples first throughout."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+        self.block = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=order == "samples")
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x):
+        if self.order is None:
+            return self.layer(self.block(x))
+        turned = self.order == "positions"
+        x = self.block(x.transpose(0, 1)).transpose(0, 1) if turned else self.block(x)
+        return self.layer(x.mean(1))
+
+
+def one(*shape):
+    """One call, one backward pass."""
+    return lambda net: net(randn(*shape)).square().mean().backward()
+
+
+def tokens(net):
+    net(torch.randint(7, (4, 3))).square().mean().backward()
+
+
+def parts(net):
+    net.decoder(net.encoder(randn(4, 6)).relu()).square().mean().backward()
+
+
+def parts_in_turn(net):
+    """Two micro-batches, whose parts take turns."""
+    hidden = [net.encoder(randn(n, 6)).relu() for n in (4, 2)]
+    losses = [net.decoder(h).square().mean() for h in hidden]
+    for loss, n in zip(losses, (4, 2)):
+        (loss * n / 6).backward()
+
+
+def towers(net):
+    """Two parts side by side."""
+    (net.encoder(randn(4, 6))[:, :5] * net.decoder(randn(4, 6))).sum(1).mean().backward()
+
+
+def twice(net):
+    """Two losses of one forward pass."""
+    y = net(randn(4, 6))
+    y.mean().backward(retain_graph=True)
+    y.square().mean().backward()
+
+
+def micro_batches(net):
+    for n in (1, 2, 3):
+        (net(randn(n, 6)).square().mean() * n / 6).backward()
+
+
+def with_a_test(net):
+    """Batches of a test before, between and after, in train mode too."""
+    with torch.no_grad():
+        net(randn(9, 6))
+    y = net(randn(4, 6))
+    with torch.no_grad():
+        net(randn(9, 6))
+    net(randn(8, 6))
+    y.square().mean().backward()
+
+
+def checkpointed(net):
+    """The whole model under reentrant checkpointing."""
+    x = randn(4, 6).requires_grad_()
+    torch.utils.checkpoint.checkpoint(net, x, use_reentrant=True).square().mean().backward()
+
+
+def conv(shape=lambda y: y):
+    return Returns(shape, nn.Conv2d(3, 2, 3, padding=1))
+
+
+def two_calls(net):
+    (net(randn(4, 6)).mean() + net(randn(4, 6)).mean()).backward()
+
+
+def perturbed(net):
+    """The second call's input has a graph, but not of this model."""
+    x, noise = randn(4, 6), torch.zeros(4, 6).double().requires_grad_()
+    (net(x).mean() + net(x + noise).mean()).backward()
+
+
+def counted(net, passes, loss_terms):
+    """N, as the ratio of net.layer's P to Σ ĝ ĝᵀ of the passes."""
+    net, traces = net.double(), []
+
+    def keep(layer, args, y):
+        if y.requires_grad:
+            y.register_hook(lambda g: traces.append(g.square().sum()))
+    net.layer.register_forward_hook(keep)
+    optimizer = KFAC(net, lr=0.0, loss_terms=loss_terms)
+    passes(net)
+    optimizer.step()
+    state = optimizer.state[net.layer.weight]["output_covariance"]
+    return (kfac.unpack(state)[0].trace() / sum(traces)).item()
+
+
+@pytest.mark.parametrize("loss_terms, build, passes, want", (
+    ("samples", Returns, one(4, 6), 4), ("samples", Returns, one(4, 3, 6), 4),
+    ("samples", conv, one(4, 3, 5, 6), 4), ("samples", Returns, micro_batches, 6),
+    ("samples", Returns, with_a_test, 4), ("samples", Returns, checkpointed, 4),
+    ("samples", Returns, lambda net: net(torch.ones(3).long(), x=randn(4, 6)).sum().backward(), 4),
+    ("samples", lambda: Returns(lambda y: dict(loss=y.sum(), logits=y)),
+     lambda net: net(randn(4, 6))["loss"].backward(), 4),
+    ("samples", lambda: Returns(lambda y: y.mean()), one(4, 6), 4),
+    ("samples", Parts, parts, 4), ("samples", Parts, parts_in_turn, 6),
+    ("samples", Parts, towers, 4), ("samples", Returns, twice, 4),
+    ("samples", lambda: Encoder("positions"), one(4, 3, 6), 4),
+    ("tokens", Returns, one(4, 3, 6), 12), ("tokens", Returns, micro_batches, 6),
+    ("tokens", lambda: Language(lambda y: y), tokens, 12),
+    ("tokens", lambda: Language(lambda y: y.flatten(0, 1)), tokens, 12),
+    ("tokens", lambda: Language(lambda y: y.mT), tokens, 12),
+    ("tokens", lambda: Language(lambda y: y[..., 0]), tokens, 12),
+    ("tokens", lambda: Language(lambda y: y.mean()), tokens, 12),
+    ("tokens", lambda: Returns(lambda y: y.transpose(0, 1)), one(3, 4, 6), 12),
+    ("tokens", conv, one(4, 3, 5, 6), 120), ("tokens", conv, one(4, 3, 3, 3), 36),
+    ("tokens", lambda: conv(lambda y: y[:, 0]), one(4, 3, 5, 6), 120),
+    (7, Returns, one(6), 7), (7, Returns, micro_batches, 7), (0.5, Returns, two_calls, 0.5),
+    (torch.tensor(9), Returns, one(4, 6), 9)))
+def test_kfac_terms(loss_terms, build, passes, want):
+    """How many terms the loss has, for models that are called as a whole and by their parts."""
+    close(counted(build(), passes, loss_terms), want, 1e-12)
+
+
+@pytest.mark.parametrize("loss_terms, build, passes, why", (
+    ("samples", Returns, one(6), "single sample"), ("tokens", Returns, one(6), "single sample"),
+    ("samples", conv, one(3, 5, 6), "single sample"), ("tokens", conv, one(3, 5, 6), "single"),
+    ("samples", lambda: Returns(lambda y: y.mean(0)), one(3, 4, 6), "(3, 4, 6) went in"),
+    ("samples", lambda: Returns(lambda y: y.flatten(0, 1)), one(4, 3, 6), "in common"),
+    ("samples", lambda: Encoder(None), one(3, 4, 6), "batch_first"),
+    ("samples", Returns, two_calls, "several calls"), ("samples", Returns, perturbed, "several"),
+    ("samples", Parts, lambda net: (net.encoder(randn(4, 6)).mean() + net.decoder(
+        randn(3, 6)).mean()).backward(), "[3, 4]"),
+    ("tokens", lambda: Returns(lambda y: y.mean(1)), one(4, 3, 6), "tokens in common"),
+    ("tokens", lambda: conv(lambda y: y[..., ::2, ::2]), one(4, 3, 5, 6), "tokens in common")))
+def test_kfac_terms_that_contradict(loss_terms, build, passes, why):
+    """Nothing is guessed: the reason and what to do, and that it helps."""
+    raises(RuntimeError, ["not known", why, "loss_terms=<number>"],
+           lambda: counted(build(), passes, loss_terms))
+    close(counted(build(), passes, 3), 3, 1e-12)
+
+
+class Constant(nn.Module):
+    """Takes no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, n):
+        return self.layer(torch.ones(n, 6).double())
+
+
+def test_kfac_terms_said():
+    """A number for each step, of the targets that are not ignored; without tensors; refused ones."""
+    raises(RuntimeError, ["no tensor"], lambda: counted(
+        Constant(), lambda net: net(4).sum().backward(), "samples"))
+    for value in ("rows", -1, math.inf, math.nan):
+        raises(ValueError, ["loss_terms", str(value)], lambda: KFAC(make_net(), loss_terms=value))
+    y = torch.tensor([[1, -100, 2], [3, -100, -100], [0, 1, 2], [-100, -100, 4]])
+    kept, states = y.flatten() != -100, []
+    x, layer = randn(4, 3, 6), nn.Linear(6, 5).double()
+    for rows, labels in ((x, y), (x.flatten(0, 1)[kept], y.flatten()[kept])):
+        optimizer = KFAC(layer, lr=0.0, loss_terms="tokens")
+        optimizer.zero_grad()
+        F.cross_entropy(layer(rows).flatten(0, -2), labels.flatten()).backward()
+        if rows is x:
+            optimizer.loss_terms = (y != -100).sum()
+        optimizer.step()
+        states.append(optimizer.state[layer.weight]["output_covariance"])
+    close(*states, 1e-12)
+    optimizer.loss_terms = "all"
+    optimizer.steps = 0
+    optimizer.begin_step()
+    layer(x).mean().backward()
+    raises(ValueError, ["loss_terms", "'all'"], optimizer.step)
+
+
+@pytest.mark.parametrize("sharing", ("expand", "reduce"))
+@pytest.mark.parametrize("own", (False, True))
+@pytest.mark.parametrize("options", (dict(), dict(batch_first=True), dict(bias=False),
+                                     dict(kdim=4, vdim=5)), ids=str)
+def test_kfac_attention(options, own, sharing):
+    """nn.MultiheadAttention: q, k, v by their own inputs and gradients, out_proj as a linear layer."""
+    module = nn.MultiheadAttention(6, 2, **options).double()
+    if own and "kdim" in options:
+        return
+    sizes = ((3, 6), (5, options.get("kdim", 6)), (5, options.get("vdim", 6)))
+    given = [randn(4, n, d) for n, d in (sizes if not own else sizes[:1] * 3)]      # (B, S, d)
+    if own:
+        given = given[:1] * 3
+    method = "kfac" if sharing == "expand" else "kfac, reduce"
+    optimizer, before = METHODS[method](module, loss_terms=4), parameters(module)
+    weights = [module.in_proj_weight[i:i + 6] for i in (0, 6, 12)] if "kdim" not in options else [
+        module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    made = [F.linear(x, W, b) for x, W, b in zip(given, weights, biases)]
+    heads = [y.unflatten(2, (2, 3)).transpose(1, 2) for y in made]
+    met = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    out = module.out_proj(met)
+    c = randn(*out.shape)
+    grads = torch.autograd.grad((out * c).sum(), [*made, out])
+    turn = (lambda x: x) if "batch_first" in options else (lambda x: x.transpose(0, 1))
+    (turn(module(*map(turn, given), need_weights=own)[0]) * c).sum().backward()
+    optimizer.step()
+    raw = dict(module.named_parameters())
+
+    def check(a, g, rows, weight, bias):
+        """rows of a weight and bias: their change against formula() of one block."""
+        a, G = a.detach()[None], [raw[weight].grad[rows]]
+        change = [before[weight][rows] - raw[weight][rows]]
+        if bias in raw:
+            a = F.pad(a, (0, 1), value=1.0)
+            at = rows if weight != f"{'qkv'[i % 3]}_proj_weight" else slice(6 * i, 6 * i + 6)
+            G.append(raw[bias].grad[at, None])
+            change.append((before[bias] - raw[bias])[at, None])
+        G, change = torch.cat(G, 1)[None], torch.cat(change, 1)[None]
+        close(change, formula(method, G, [(a, g[None])], dict(samples=4), 0.3), 1e-10)
+    for i in range(3):
+        name = "in_proj_weight" if "kdim" not in options else f"{'qkv'[i]}_proj_weight"
+        rows = slice(6 * i, 6 * i + 6) if "kdim" not in options else slice(None)
+        check(given[i], grads[i], rows, name, "in_proj_bias")
+    check(met, grads[3], slice(None), "out_proj.weight", "out_proj.bias")
+
+
+def test_kfac_positions_first():
+    """'reduce' knows the samples of modules that take positions first, inside a model that does not."""
+    x, y, states = randn(4, 3, 6), torch.arange(4), []
+    for order in ("samples", "positions"):
+        torch.manual_seed(0)
+        net = Encoder(order).double()
+        optimizer = KFAC(net, lr=0.0, weight_sharing="reduce")
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        states.append({k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k})
+    assert len(states[0]) == 10
+    close(*states, 1e-12)
+
+
+@pytest.mark.parametrize("fused", (False, True))
+def test_kfac_finds_the_scale(fused):
+    """A GradScaler that it was not told of: steps equal unscaled ones, skipped ones leave nothing."""
+    scaler, data = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16, growth_interval=3), make_data(9)
+
+    def scaled(model, optimizer, data):
+        for i, (x, y) in enumerate(data):
+            for factor in (math.inf, 1.0) if i % 4 == 0 else (1.0,):
+                optimizer.zero_grad()
+                scaler.scale(factor * loss_of(model, x, y)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    make = factory(KFAC, tcov=2, tinv=3, fused=fused)
+    close(trained(make, scaled, data), trained(make, data=data), 1e-13)
+    net = make_net()
+    optimizer = make(net)
+    for told in (None, scaler):
+        optimizer = make(net, grad_scaler=told)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(net, *data[0])).backward()
+        scaler.unscale_(optimizer)
+        if told is None:
+            raises(RuntimeError, ["unscale_", "grad_scaler=scaler"],
+                   lambda: scaler.step(optimizer))
+            scaler.update()
+        else:
+            scaler.step(optimizer)
+
+
+def fails_somewhere(rank, world):
+    """What each rank raises: where one does not know its terms, and where one cannot factor."""
+    said = []
+    for x, damping in ((randn(4, 6) if rank else randn(6), 0.1), (torch.ones(4, 6).double(), 1e-40)):
+        net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5)).double()
+        optimizer = KFAC(net, damping=damping)
+        net(x).square().mean().backward()
+        try:
+            optimizer.step()
+        except (RuntimeError, FloatingPointError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_kfac_fails_on_all_ranks():
+    """What fails on one rank is raised by all, and none waits."""
+    for rank, (terms, factors) in enumerate(on_ranks(2, fails_somewhere)):
+        assert ("another rank" in terms) == (rank == 1) and terms.startswith("RuntimeError")
+        assert factors.startswith("FloatingPointError") and "raise damping" in factors
+
+
+def test_kfac_sampled_shapes():
+    """Logits without a dimension of classes, or with it elsewhere, are refused with the remedy."""
+    net = nn.Sequential(nn.Linear(4, 6)).double()
+    optimizer = KFAC(net, fisher="sampled")
+    for logits in (net(randn(5, 4))[:, :1], net(randn(5, 4))[:, 0], randn(2, 3, 5, 5)):
+        raises(ValueError, ["(N, classes)", str(tuple(logits.shape)), "movedim", "stack"],
+               lambda: optimizer.sample_fisher(logits))
 
 
 def test_kfac_clip():
