@@ -44,14 +44,17 @@ from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 import data as datasets
-import foof
 import kfac
 import mac
 import nysact
 from adafisher import AdaFisher
-from kfac import running_mean
+from capture import Use
+from covariance import (damped_cholesky, input_covariance, mean_eigenvalue, pack, solve_right,
+                        unpack)
 from mac import MAC
 from models import CIFAR_MODELS, Attention
+from optimizer import running_mean
+from patches import Geometry
 from train_cifar import (COUNT, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
                          add_optimizer_flags, build, number, print_anything, user_path, write_file)
 
@@ -124,23 +127,22 @@ def preconditioned_grams(J, moments, first):
     is ρ(A + ρI)⁻¹ in the first layer. They act on rows, so J goes in as one tall gradient.
     """
     n, out, d = J.shape
-    A, rows = moments.A[None], J.flatten(0, 1)                              # (n·out, d)
+    A, rows = moments.A[None], J.flatten(0, 1)[None]                        # (1, n·out, d)
     damping = {optim: torch.tensor([RECIPES[optim]["damping"]], dtype=A.dtype)
                for optim in ("foof", "kfac", "nysact", "mac")}
-    factor = foof.damped_cholesky(A.clone(), damping["foof"])[0]
+    factor = damped_cholesky(A.clone(), damping["foof"])[0]
     P = moments.P[None] * moments.positions
-    pi, root = kfac.pi_of(kfac.pack(A), kfac.pack(P), d, out), damping["kfac"].sqrt()
-    factors = [kfac.damped_cholesky(M.clone(), x)[0] for M, x in ((A, pi * root), (P, root / pi))]
+    factors = [damped_cholesky(M.clone(), x)[0] for M, x in zip(
+        (A, P), kfac.dampings(pack(A), pack(P), damping["kfac"]))]
     S = nysact.draw_sketch(1, d, min(RECIPES["nysact"]["rank"], d), "gaussian", seed=0)
     U, values, _ = nysact.nystrom(A @ S, S)
     applied = {
         "GD": rows,
-        "FOOF": foof.precondition(rows, None, factor)[0],
+        "FOOF": solve_right(rows, factor),
         "K-FAC": torch.cat([kfac.solve_factored(G[None], *factors) for G in J]),
-        "NysAct": nysact.precondition(rows, None, U, values, damping["nysact"].item())[0],
-        "MAC": mac.precondition_first(
-            rows, None, mac.damped_cholesky(A, damping["mac"].item())[0], damping["mac"].item())[0]
-        if first else mac.precondition(rows, None, moments.mean[None], damping["mac"].item())[0]}
+        "NysAct": nysact.precondition(rows, U, values, damping["nysact"].item()),
+        "MAC": damping["mac"] * solve_right(rows, damped_cholesky(A.clone(), damping["mac"])[0])
+        if first else mac.precondition(rows, moments.mean[None], damping["mac"].item())}
     return {name: J.flatten(1) @ BJ.reshape(n, -1).mT for name, BJ in applied.items()}
 
 
@@ -243,8 +245,8 @@ def kfac_multiplier(state, damping):
     else:
         A, P = state["values"], state["output_values"]
         damped = A.unsqueeze(2) * P.unsqueeze(1) + damping
-    a, p = (kfac.unpack(state[name], n).diagonal(dim1=1, dim2=2).mean().item() for name, n in
-            (("covariance", A.shape[1]), ("output_covariance", P.shape[1])))
+    a, p = (mean_eigenvalue(state[name]).mean().item()
+            for name in ("covariance", "output_covariance"))
     return 1 / damped.max().item(), 1 / damped.min().item(), \
         math.sqrt(damping / max(a * p, 1e-300))
 
@@ -384,16 +386,16 @@ def second_moments(net, batches, names):
     sums = {name: [0, 0, 0] for name in names}       # Σ [a; 1][a; 1]ᵀ and Σ p pᵀ, packed; rows
 
     def record(name, module, args, output):
-        x = args[0].double()
-        (total, (rows,)), = kfac.linear_or_conv(module, {"x": x}, output, True, False)
-        sums[name][0] = sums[name][0] + total
-        sums[name][2] += rows
+        use = use_of(module, args[0].detach().double(), output)
+        sums[name][0] = sums[name][0] + input_covariance(use, True)
+        sums[name][2] += use.rows
         # a Linear's output on more than two dimensions is a view
         (output._base if output._is_view() else output).register_hook(
-            lambda p: add_outputs(name, module, p.reshape(output.shape)))
+            lambda p: add_outputs(name, use, p.reshape(output.shape)))
 
-    def add_outputs(name, module, p):
-        sums[name][1] = sums[name][1] + kfac.output_gram(module, p.double(), False)
+    def add_outputs(name, use, p):
+        sums[name][1] = sums[name][1] + kfac.output_gram(p.double(), use, p.shape[1 if
+            use.kind == "conv" else -1], False)
 
     layers = layers_of(net)
     for name in names:
@@ -404,14 +406,23 @@ def second_moments(net, batches, names):
     for name, (A, P, rows) in sums.items():
         weight, bias = layers[name].weight, layers[name].bias
         d = weight[0].numel() + (bias is not None)
-        A, P = (symmetric(M, n) / rows for M, n in ((A, weight[0].numel() + 1), (P, len(weight))))
+        A, P = symmetric(A) / rows, symmetric(P) / rows
         found[name] = Moments(A[:d, :d], P, A[-1, :d], rows / images)   # its last row is E[[a; 1]]
     return found
 
 
-def symmetric(packed, d):
+def use_of(module, x, output):
+    """The use that a Linear or Conv2d (groups = 1) made of its weight on the way from x to output."""
+    if isinstance(module, nn.Linear):
+        return Use("linear", x, None, output.shape, x.numel() // x.shape[-1], slice(None), 1)
+    rows = len(x) * output.shape[2] * output.shape[3]
+    return Use("conv", x, None, output.shape, rows, slice(None), 1, geometry=Geometry.of(
+        module.weight, module.stride, module.padding, module.dilation))
+
+
+def symmetric(packed):
     """(d, d) from a packed lower triangle (1, d(d+1)/2) of one block."""
-    L = kfac.unpack(packed, d)[0]
+    L = unpack(packed)[0]
     return L + L.tril(-1).mT
 
 
@@ -1188,7 +1199,7 @@ def sketch_row(layer, A, state, ρ):
         seen = eigenvalues.max()
         R = torch.linalg.cholesky(A + ρ * identity)             # similar to (Â + ρI)⁻¹(A + ρI)
         values = torch.linalg.eigvalsh(
-            nysact.precondition(R.mT.contiguous(), None, U, eigenvalues, ρ)[0] @ R)
+            nysact.precondition(R.mT[None], U, eigenvalues, ρ)[0] @ R)
     else:                                                       # d ≤ r: exact
         seen, values = true[-1], torch.ones(2)
     return layer.name, len(A), *map(float, (
@@ -1203,10 +1214,8 @@ def train_and_watch(setup, steps):
 
     def watch(module, args, output):
         if optimizer.steps % group["tcov"] == 0:
-            x, n = args[0].detach(), module.weight[0].numel()
-            (total, (rows,)), = kfac.linear_or_conv(module, {"x": x}, output, True, False)
-            d = n + (module.bias is not None)
-            A = symmetric(total, n + 1)[:d, :d].double() / rows
+            use = use_of(module, args[0].detach(), output)
+            A = symmetric(input_covariance(use, module.bias is not None)).double() / use.rows
             old, k = averages.get(module.weight, (A, 0))
             old, = running_mean([old], [A], k + 1, group["stat_decay"])
             averages[module.weight] = old, k + 1

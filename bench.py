@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import importlib
 import itertools
 import math
 import os
@@ -44,14 +43,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from attention import Attention
+from capture import Watcher
 from models import CIFAR_MODELS
+from optimizer import Preconditioner
 from train_cifar import COUNT, FILES, RECIPES, Parser, UsageError, optimizer_class
 
 PARTS = ("statistics", "factorisation", "application")
-# What is timed beside step(), where a file of an optimizer has it: owner, name, part.
-WATCHED = (("Hook", "record", "statistics"), (None, "output_gram", "statistics"),
-           (None, "output_squares", "statistics"), ("class", "update_statistics", "statistics"),
-           ("class", "refresh", "factorisation"))
+# What is timed of a step: the calls of these methods; what is left of step() is application.
+WATCHED = ((Watcher, "record", "statistics"), (Attention, "see", "statistics"),
+           (Preconditioner, "add_gradient", "statistics"),
+           (Preconditioner, "update_statistics", "statistics"))
 
 # The exponents of d in the operations of PARTS, for a layer d → d: R·d, R·d·r or R·d² for the
 # statistics of R rows; nothing, d·r² or d³; d², d²·r or d³. SGD reads and writes d² numbers.
@@ -107,12 +109,11 @@ class Clock:
 
 def watch_all(clock, optims):
     """Let the clock see the parts of these optimizers' steps."""
-    for file, optim in {FILES[optim]: optim for optim in optims if optim in FILES}.items():
-        module = importlib.import_module(file)
-        owners = {None: module, "Hook": module.Hook, "class": optimizer_class(optim)}
-        for owner, name, part in WATCHED:
-            if hasattr(owners[owner], name):
-                clock.watch(owners[owner], name, part)
+    for owner, name, part in WATCHED:
+        clock.watch(owner, name, part)
+    for owner in [optimizer_class(optim) for optim in optims if optim in FILES]:
+        if hasattr(owner, "refresh"):
+            clock.watch(owner, "refresh", "factorisation")
 
 
 def make(optim, net, args, **flags):

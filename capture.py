@@ -14,13 +14,12 @@ drops its input shows what came of that, and a weight that is computed before it
 parametrization, a standardised convolution) shows nothing and takes the plain step. A use that the
 layer's statistics cannot describe sends the layer to the plain step for good, with the reason.
 
-Not seen, hence plain: einsum, custom autograd functions, recurrent layers. One more use of a
-weight by such an operation is not noticed, except for those in OTHERS.
+Not seen, hence plain: einsum, custom autograd functions (except SyncBatchNorm's), recurrent layers.
+One more use of a weight by such an operation is not noticed, except for those in OTHERS.
 """
 import threading
 import types
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
+from precision import full_precision
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -47,7 +47,8 @@ class Use:
     of: int                         # how many blocks the layer had then
     geometry: Geometry = None       # of a convolution
     norm: dict = None               # of a norm: its other arguments
-    call: object = None             # the call of the model that it belongs to
+    batch: int = None               # in nn.MultiheadAttention, whose rows are (positions, batch)
+    call: object = None             # the call of the model that it belongs to, where K-FAC asks
 
 
 class Layer:
@@ -59,11 +60,12 @@ class Layer:
         self.own_blocks = blocks         # as the module has them; MAC may divide these
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
-        self.found = {}                  # what uses have shown; {"plain": why} ends preconditioning
+        # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
+        self.found = {}
         self.measured = self.prepared = {}   # {name in state: shape (blocks, ...)}, by set_up
         self.on = True                   # does this step's batch count?
         self.backward = None             # the backward pass that brought the latest sums
-        self.pending = {}                # {name: [Σ over rows, rows per block]}
+        self.drop()
 
     @property
     def active(self):
@@ -80,7 +82,8 @@ class Layer:
 
     def drop(self):
         """Forget this step's sums."""
-        self.pending = {}
+        self.pending = {}                # {name: (Σ over rows, rows per block)}
+        self.calls = set()               # the pairs (call of the model, backward pass) behind them
 
     def add(self, name, total, rows, blocks=slice(None)):
         """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks.
@@ -136,10 +139,11 @@ def layers_of(name, module):
     if isinstance(module, nn.MultiheadAttention):
         E, b = module.embed_dim, own.get("in_proj_bias")
         if "in_proj_weight" in own:
-            yield Layer(f"{name}.in_proj_weight".lstrip("."), own["in_proj_weight"], b, "linear", 3)
+            yield Layer(f"{name}.in_proj_weight".lstrip("."), own["in_proj_weight"], b,
+                        "projection", 3)
         for i, key in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
             if key in own:
-                yield Layer(f"{name}.{key}".lstrip("."), own[key], b, "linear",
+                yield Layer(f"{name}.{key}".lstrip("."), own[key], b, "projection",
                             bias_rows=slice(i * E, i * E + E))
     elif weight is None:
         return
@@ -170,8 +174,8 @@ class Watcher(TorchFunctionMode):
         self.layers = {}                       # weight: Layer
         self.on = True                         # set by step(); constant during a forward pass
         self.local = threading.local()         # inside: watched modules being called, outer first
-        self.call = Call()
         self.attention = None                  # follows attention through a forward pass, for MAC
+        self.calls = None                      # tells calls of the model apart, for K-FAC
 
     @property
     def inside(self):
@@ -182,13 +186,13 @@ class Watcher(TorchFunctionMode):
         if not self.inside:
             if torch.jit.is_tracing() or self.optimizer() is None:
                 return
-            if torch._C._current_graph_task_id() == -1:    # else an activation checkpoint's rerun
-                self.call = self.call.next(args, kwargs)
+            if self.calls is not None:
+                self.calls.begin(args, kwargs)
             self.__enter__()
         self.inside.append(module)
 
     @torch.compiler.disable
-    def leave(self, module):
+    def leave(self, module, output=None):
         """End a module's call, and what it called; not if it failed before it was entered."""
         if module not in self.inside:
             return
@@ -196,24 +200,27 @@ class Watcher(TorchFunctionMode):
             pass
         if not self.inside:
             self.__exit__(None, None, None)
+            if self.calls is not None:
+                self.calls.end(output)
             if self.attention is not None:
                 self.attention.forget()
 
-    def end(self):
+    def reset(self):
         """End a forward pass that was interrupted (Ctrl-C), which calls no hooks."""
         while self.inside:
             self.leave(self.inside[0])
-
-    def reset(self):
-        self.end()
-        self.call = Call()
 
     @torch.compiler.disable
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self:                                     # so that its parts are seen
-                return multi_head_attention(*args, **kwargs)
+            query = args[0] if args else kwargs["query"]
+            self.local.batch = query.shape[1] if query.dim() == 3 else 1
+            try:
+                with self:                                 # so that its parts are seen
+                    return multi_head_attention(*args, **kwargs)
+            finally:
+                self.local.batch = None
         out = func(*args, **kwargs)
         see = SEEN.get(func)
         if (see is not None or self.attention is not None) and self.sees(out):
@@ -258,16 +265,16 @@ class Watcher(TorchFunctionMode):
         """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
         layer, rows, _ = found
         blocks, size = slice(None), layer.out // layer.blocks
-        if kind != layer.kind:
+        if kind != layer.kind and (kind, layer.kind) != ("linear", "projection"):
             return self.contradict(layer, f"it is used as the weight of a {kind}")
         if rows != slice(0, layer.out):
             if kind != "linear" or rows.start % size or rows.stop % size:
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
         if not has_bias(layer, bias, rows):
-            return self.contradict(layer, "its bias is another one than its module's")
-        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks, call=self.call,
-                  **details)
+            self.optimizer().part_with_bias(layer)
+        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks,
+                  batch=getattr(self.local, "batch", None), **details)
         if kind == "conv":
             if use.geometry.groups != layer.blocks:
                 return self.contradict(layer, "its convolution has other groups")
@@ -280,8 +287,8 @@ class Watcher(TorchFunctionMode):
 
     def record(self, found, kind, x, out, bias, **details):
         """Measure a use of a layer; its sums are pending from when it is backpropagated."""
-        layer, optimizer = found[0], self.optimizer()
-        use = self.use_of(found, kind, x, out, bias, **details) if layer.on else None
+        layer, optimizer = found[0], self.optimizer()       # None if it died in this pass
+        use = self.use_of(found, kind, x, out, bias, **details) if layer.on and optimizer else None
         if use is None:
             return
         if kind == "linear" and self.attention is not None:
@@ -315,22 +322,6 @@ class Watcher(TorchFunctionMode):
                 optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))
 
 
-class Call:
-    """One call of the model: the sizes of its first tensor, by which K-FAC counts loss terms."""
-
-    def __init__(self, shape=None):
-        self.shape = shape
-
-    def next(self, args, kwargs):
-        """The call that begins with these arguments; a part that goes on from an earlier part's
-        output (a decoder after its encoder) belongs to this one."""
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs))
-                   if isinstance(x, torch.Tensor) and x.dim()]
-        if self.shape is not None and any(x.requires_grad and x.grad_fn for x in tensors):
-            return self
-        return Call(tensors[0].shape if tensors else torch.Size())
-
-
 class Hook:
     """Switches the watcher on before a module's forward and off after it.
 
@@ -355,7 +346,12 @@ class Leave(Hook):
     def __call__(self, module, args, output):
         if self.watcher is not None and self.watcher.on and module is self.module \
                 and not is_exporting():
-            self.watcher.leave(module)
+            if isinstance(module, nn.SyncBatchNorm) and args and self.watcher.sees(output) \
+                    and output.grad_fn.name() == "SyncBatchNormBackward":
+                # over several processes it is an autograd function, which the mode does not see
+                norm(self.watcher, output, args[0], module.weight, module.bias, eps=module.eps,
+                     mean=None, var=None)
+            self.watcher.leave(module, output)
 
 
 def watch(model, watcher, hooked):
@@ -441,7 +437,7 @@ def norm(watcher, out, x, weight, bias, **rest):
 def batch_norm(watcher, out, input, running_mean, running_var, weight=None, bias=None,
                training=False, momentum=0.1, eps=1e-5):
     norm(watcher, out, input, weight, bias, eps=eps, mean=None if training else running_mean,
-         var=None if training else running_var, per_channel=True)
+         var=None if training else running_var)
 
 
 def layer_norm(watcher, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -468,34 +464,3 @@ SEEN = dict.fromkeys(OTHERS, other) | {
     F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
         (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm),
         matmul)
-
-
-@contextmanager
-def full_precision(device_type):
-    """float32 products in float32: autocast, TF32 and bf16 modes off inside.
-
-    torch 2.9 gave each backend its own setting and forbids to read the old one once they differ.
-    """
-    with torch.autocast(device_type, enabled=False):
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv,
-                        torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
-            before = [backend.fp32_precision for backend in backends]
-            try:
-                for backend in backends:
-                    backend.fp32_precision = "ieee"
-                yield
-            finally:
-                for backend, value in zip(backends, before):
-                    backend.fp32_precision = "none"      # inherited, unless that is another value
-                    if backend.fp32_precision != value:
-                        backend.fp32_precision = value
-        else:
-            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            try:
-                torch.set_float32_matmul_precision("highest")
-                torch.backends.cudnn.allow_tf32 = False
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before[0])
-                torch.backends.cudnn.allow_tf32 = before[1]

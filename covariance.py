@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-from patches import at_least_float32, image_sum, patch_sum, patches
+from patches import image_sum, patch_sum, patches
+from precision import at_least_float32
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of patches at a time
 
@@ -43,15 +44,26 @@ def pack(A):
 
 def unpack(packed):
     """The lower triangle (..., d, d), zero above, from (..., d(d+1)/2)."""
-    d = int((2 * packed.shape[-1]) ** 0.5)
+    d = side(packed)
     A = packed.new_zeros(*packed.shape[:-1], d * d)
     return A.index_copy_(-1, triangle(d, packed.device), packed).unflatten(-1, (d, d))
+
+
+def side(packed):
+    """d of (..., d(d+1)/2)."""
+    return int((2 * packed.shape[-1]) ** 0.5)
 
 
 def triangle(d, device):
     """Where the lower triangle's entries lie in a flattened d×d matrix, row after row."""
     i, j = torch.tril_indices(d, d, device=device)
     return i * d + j
+
+
+def mean_eigenvalue(packed):
+    """tr A / d of packed A: row i of its triangle has i + 1 numbers, the last on the diagonal."""
+    ends = torch.arange(1, side(packed) + 1).cumsum(0) - 1
+    return packed[..., ends.to(packed.device)].mean(-1)
 
 
 def damped_cholesky(A, damping):
@@ -68,6 +80,25 @@ def damped_cholesky(A, damping):
     diagonal.add_(damping.unsqueeze(-1))
     L, info = torch.linalg.cholesky_ex(A)
     return L, lost | (info != 0)
+
+
+def eigenbasis(A):
+    """Eigenvectors and values of A (..., d, d) ⪰ 0, and for each A whether that failed.
+
+    Only the lower triangle is read. Float32 LAPACK raises, or returns nan, for some matrices with
+    many zeros, as dead features make them: then float64.
+    """
+    found = A, A[..., 0], torch.ones_like(A[..., 0, 0], dtype=torch.bool)
+    for dtype in (A.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(A.to(dtype))
+        except torch.linalg.LinAlgError:
+            continue
+        failed = ~(values.isfinite().all(-1) & vectors.isfinite().all(-1).all(-1))
+        found = vectors.to(A.dtype), values.clamp(min=0).to(A.dtype), failed
+        if not failed.any():
+            break
+    return found
 
 
 def solve_right(G, L):

@@ -22,7 +22,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     R        rows                     B (linear), B·N (tokens), B·oH·oW (patches)
 
 WHY (2). Let s = W a be a layer's outputs ("neurons") for its R input rows a.
-Take each row as if it had a loss of its own, whose mean is the loss: its gradient is e = R ∂loss/∂s.
+As if each row had a loss of its own, whose mean is the loss, its gradient is e = R ∂loss/∂s.
 Gradient descent on the outputs themselves would move each s by −η e.
 A step W − ηΔ moves it by −η Δ a.
 In general no Δ has Δ a = e for all rows, so take the best in least squares, and penalise its size.
@@ -98,7 +98,7 @@ def plain(W, steps, lr=0.1, momentum=0.9, weight_decay=0.0, damping=1.0, stat_de
 class FOOF(PreconditionedSGD):
     __doc__ = PreconditionedSGD.__doc__
 
-    kinds = dict(linear="input covariance", conv="input covariance")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "input covariance")
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
 

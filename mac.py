@@ -35,8 +35,8 @@ So where ‖Σ‖ is small beside ‖ā‖², A has one outlier eigenvalue, and 
 Keep that one direction of A, and P = I: no covariance is measured, and no inverse is needed.
 
 WHERE IT HOLDS. ResNet-20, CIFAR-10, hidden convolutions: at initialisation ‖Σ‖/‖ā‖² is 0.2 to 0.8,
-and |cos(v₁, ā)| 0.93 to 0.997. At the published rate it does not stay so: after 30 steps of SGD with
-lr 0.1 the ratio is 1.3 to 5.5 and the cosine 0.74 to 0.91; λ₁ is 0.4 to 0.75 of A's trace.
+and |cos(v₁, ā)| 0.93 to 0.997. At the published rate it does not stay so: after 30 steps of SGD
+with lr 0.1 the ratio is 1.3 to 5.5 and the cosine 0.74 to 0.91; λ₁ is 0.4 to 0.75 of A's trace.
 (At lr 0.01 the ratios stay as they began: a figure drawn there hides it.)
 Inputs out of a LayerNorm have small means: DeiT-Tiny's qkv and fc1 begin at ratios of 6.7 to 10,
 cosines of 0.52 to 0.58.
@@ -67,8 +67,8 @@ attention its scores once more, 2·B·N²·D, which holds for nn.MultiheadAttent
 4·out·d per step (SGD touches the same out·d numbers; first layer 2·out·d²), state 2d numbers per
 block. No d×d matrix but A₁.
 
-THROWN AWAY: all of A but one direction (WHERE IT HOLDS: not a small part), and all of P. In (6) each
-head's rows of W_V see their own T X; one ā for all heads pools them.
+THROWN AWAY: all of A but one direction (WHERE IT HOLDS: not a small part), and all of P. In (6)
+each head's rows of W_V see their own T X; one ā for all heads pools them.
 
 ERRATA, against the authors' released code, which
  - forms I − āāᵀ/(ρ + ‖ā‖²) as a d×d matrix per layer and multiplies with it; (3) needs no matrix;
@@ -96,10 +96,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import Attention, value_blocks
-from capture import EMBEDDINGS, Watcher, full_precision, layers_of
+from capture import EMBEDDINGS, Watcher, layers_of
 from covariance import damped_cholesky, input_covariance, solve_right, unpack
 from optimizer import PreconditionedSGD
-from patches import at_least_float32, image_sum, patch_sum
+from patches import image_sum, patch_sum
+from precision import at_least_float32, full_precision
 
 FIRST_ELSEWHERE = (*EMBEDDINGS, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 PROJECTION = re.compile(r"(to_?|c_)?(q|k|v|qkv|kv|wqkv|query|key|value|attn|in_proj)"
@@ -132,7 +133,7 @@ def plain(W, steps, lr=0.1, momentum=0.9, weight_decay=0.0, damping=1.0, stat_de
 
 
 def precondition(G, mean, damping):
-    """(3)  G̃ = G − (G ā) āᵀ / (ρ + ‖ā‖²), per block: G (blocks, out/blocks, d), mean (blocks, d)."""
+    """(3)  G̃ = G − (G ā) āᵀ / (ρ + ‖ā‖²); G (blocks, out/blocks, d), mean ā (blocks, d)."""
     u = G @ mean.unsqueeze(2)                                              # (blocks, out/blocks, 1)
     u = u / (damping + mean.square().sum(1)[:, None, None])
     return torch.addcmul(G, u, mean.unsqueeze(1), value=-1)
@@ -155,7 +156,7 @@ class MAC(PreconditionedSGD):
     """
 
     first = None                   # the weight of the layer of (5)
-    kinds = dict(linear="mean input", conv="mean input")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "mean input")
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
 
@@ -306,8 +307,8 @@ class MAC(PreconditionedSGD):
 
     def blocks_of(self, layer, use):
         values = layer.found.get("values", (1, ()))[1]
-        if use.kind == "values":
-            return list(values)
+        if use.kind == "values" or not values:
+            return list(values) or use.blocks
         times = layer.blocks // use.of
         start, stop, _ = use.blocks.indices(use.of)
         return [i for i in range(start * times, stop * times) if i not in values]

@@ -9,7 +9,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     (2)  Y = A S = E[a (aᵀS)]                 its sketch: S (d, r) is drawn once, A never formed
     (3)  Y ← Y + w (Y_batch − Y),  w = (1 − β)/(1 − βᵏ)       bias-corrected moving average
     (4)  Â = Y (SᵀY)⁻¹ Yᵀ = U diag(λ̂) Uᵀ      Nyström's approximation of A
-    (5)  Y_ν = Y + νS,  L Lᵀ = SᵀY_ν,  B = Y_ν L⁻ᵀ = U diag(σ) Vᵀ,  λ̂ = max(σ² − ν, 0)
+    (5)  Y_ν = Y + νS,  L Lᵀ = SᵀY_ν,  Z = Y_ν L⁻ᵀ = U diag(σ) Vᵀ,  λ̂ = max(σ² − ν, 0)
     (6)  G̃ = G (Â + ρI)⁻¹ = (G − (G U) diag(λ̂/(λ̂ + ρ)) Uᵀ)/ρ
     (7)  G̃ = G (A + ρI)⁻¹                     in layers with d ≤ r: FOOF's step, exactly
     (8)  M ← μM + (G̃ + wd·W),  W ← W − ηM                     torch's momentum SGD
@@ -20,15 +20,19 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
                                       the q, k, v of nn.MultiheadAttention
     S        S                        (blocks, d, r), SᵀS = I; r = rank; drawn from seed and the
                                       layer's place in the model
-    Y        state "sketched"         (blocks, d, r)
+    Y        state "sketched"         (blocks, d, r); the paper's C̃ is (1 − βᵏ) Y
     U, λ̂     state "U", "eigenvalues" (blocks, d, r), (blocks, r): those in use
     A, its Cholesky factor            state "covariance", "factor", as in foof.py, where d ≤ r
     ν        shift                    (blocks, 1, 1)
-    ρ, β     damping, stat_decay      numbers;  k: state "updates";  η, μ: lr, momentum
+    ρ, β     damping, stat_decay      numbers; β is the paper's β₂, tcov its τ
+    k, η, μ  state "updates", lr, momentum
     R        rows                     B (linear), B·N (tokens), B·oH·oW (patches)
 
-WHY (4). A Π beneath projects onto the range of A^½ S: Π = A^½ S (SᵀAS)⁻¹ SᵀA^½.
-Then (4) reads Â = A^½ Π A^½.
+WHY (3). Y is linear in A: as long as S stays the same, the average of the batches' Y is the average
+of their A, times S.
+
+WHY (4). With Y = A S and A = A^½ A^½, (4) reads Â = A^½ Π A^½, where Π = A^½ S (SᵀAS)⁻¹ SᵀA^½.
+Π is symmetric and Π Π = Π, so it projects, onto the range of A^½ S.
 A projection has 0 ⪯ Π ⪯ I, so 0 ⪯ Â ⪯ A.
 It leaves its range alone, Π A^½ S = A^½ S, so Â S = A S.
 If A has rank ≤ r and S meets all of its range, Π leaves all of A^½ alone, so Â = A.
@@ -36,15 +40,14 @@ From Â ⪯ A, no eigenvalue of (Â + ρI)⁻¹(A + ρI) is below 1: no directio
 curvature asks.
 Π depends on range(S) alone; S has orthonormal columns for the sake of rounding.
 
-WHY (3). Y is linear in A, so the average of the batches' Y is (average of A) S, if S stays the same.
-
 WHY (5). SᵀY = SᵀAS is singular where A has rank < r, and in rounding it may be indefinite.
 So take (4) for A + νI in place of A: its sketch is (A + νI) S = Y_ν.
-B Bᵀ = Y_ν L⁻ᵀ L⁻¹ Y_νᵀ = Y_ν (L Lᵀ)⁻¹ Y_νᵀ is that (4). (With L⁻¹ for L⁻ᵀ it would be another
+Z Zᵀ = Y_ν L⁻ᵀ L⁻¹ Y_νᵀ = Y_ν (L Lᵀ)⁻¹ Y_νᵀ is that (4). (With L⁻¹ for L⁻ᵀ it would be another
 matrix, of (LᵀL)⁻¹.)
-From B = U diag(σ) Vᵀ follows B Bᵀ = U diag(σ²) Uᵀ, and B was not squared to get it.
-Subtracting ν takes the shift back. By WHERE IT HOLDS with τ = ν, what is no larger than νd/r is lost
-to it, so ν is kept at the level of rounding.
+From Z = U diag(σ) Vᵀ follows Z Zᵀ = U diag(σ²) Uᵀ, and Z was not squared to get it.
+Subtracting ν takes the shift back.
+An eigenvalue far below νd/r is lost to it (WHERE IT HOLDS, with ν for τ), so ν is kept at the level
+of rounding.
 
 WHY (6). U has orthonormal columns, so (Â + ρI)⁻¹ = U diag(1/(λ̂ + ρ)) Uᵀ + (I − U Uᵀ)/ρ.
 Put 1/(λ̂ + ρ) = (1 − λ̂/(λ̂ + ρ))/ρ, and U Uᵀ cancels.
@@ -56,26 +59,31 @@ So all aᵀS together are a convolution of the input, with the columns of S as i
 weight gradient of this convolution pairs inputs with output gradients, which here are aᵀS.
 
 WHERE IT HOLDS. Let A = κvvᵀ + τI, an outlier κ over a flat rest τ, and c = ‖Sᵀv‖² ≈ r/d.
-By (4), vᵀÂv = (κ + τ)² c/(κc + τ), for κ ≫ τ about κ/(1 + τd/(κr)): an outlier κ ≫ τd/r is seen in
-full. What is not seen takes the step 1/ρ, too long by (κ + ρ)/ρ.
-After 100 steps with the published settings (ResNet-20, CIFAR-10 as JPEG, r = 10, ρ = 1) the sketch
-holds 69 to 100 % of each layer's λ₁, and (Â + ρI)⁻¹(A + ρI) has condition numbers of 1.2 to 25,
-those of A + ρI being 24 to 475: `python analyze.py nystrom --dataset cifar10`.
+By (4), vᵀÂv = (κ + τ)² c/(κc + τ), for κ ≫ τ about κ/(1 + τd/(κr)).
+So an outlier κ ≫ τd/r is seen in full.
+What is not seen takes the step 1/ρ, too long by (κ + ρ)/ρ.
+Measured after 100 steps of ResNet-20 on CIFAR-10 (JPEG copy) with r = 10, ρ = 1: the sketch holds
+69 to 100 % of each layer's largest eigenvalue, and (Â + ρI)⁻¹(A + ρI) has condition numbers of 1.2
+to 25, down from 22 to 480 of A + ρI: `python analyze.py nystrom --dataset cifar10`.
 
 COST per layer: statistic 4R·d·r every tcov steps, (5) O(d·r² + r³) every tinv steps, application
-4·out·d·r per step, state 2d·r + r numbers; S, d·r more, is drawn again rather than saved. Nothing is
-d×d where d > r, and X S, with r numbers a row, stands where patches would.
+4·out·d·r per step, state 2d·r + r numbers; S, d·r more, is drawn again rather than saved. Where
+d > r nothing is d×d, and r numbers a row stand where a patch would.
 
 THROWN AWAY: A outside r directions; the loss's curvature in the outputs; what couples layers.
 
-DEPARTURES from the paper, as far as it is known: S orthonormal, not N(0, 1/d); ν tiny, on both
-sides; k counts the updates of the average (⌊t/tcov⌋ would divide by zero at first).
+DEPARTURES from the paper, as far as it is known. It takes (4) of A + ρI, whose sketch is its
+Ĉ = Y + ρS, and shifts SᵀĈ by more than ρ; here it is of A, with a tiny ν, and ρ joins in (6). Its S
+is Gaussian with variance 1/d; here its columns are orthonormal. k counts the updates of the average
+(⌊t/tcov⌋ would divide by zero at first).
 
-ERRATA, against the authors' released code, which
- - solves with L on the wrong side, (LᵀL)⁻¹ for (L Lᵀ)⁻¹: eigenvalues off by factors, λ̂ > λ₁(A);
+ERRATA, against the authors' released code (figures: κ as above, τ = 0.01, ρ = 1), which
+ - solves with L on the wrong side, (LᵀL)⁻¹ for (L Lᵀ)⁻¹: at d = 144, r = 50 it takes κ = 1,000 for
+   more than 50,000;
  - draws a new S at each update of an average, which then mixes products with many matrices while
    (5) uses the last: Gaussian ones cancel, and Y shrinks;
- - shifts SᵀAS only, by more than ρ, and subtracts that from σ²: λ̂ = 0 unless λ·r/d ≳ 3ρ;
+ - shifts SᵀY only, and subtracts that from σ²: at d = 576, r = 10 it takes κ = 10 for 0 and κ = 100
+   for about a third of it, where (5) misses 6 % and 0.5 %;
  - takes the full SVD, d×d, and stores the inverse as a d×d matrix per layer;
  - keeps each rank's statistics, and random S, to itself; here S is one, and sums are all-reduced;
  - counts steps in step() but averages in the hook, so micro-batches and skipped steps bias Y;
@@ -95,7 +103,8 @@ from torch.nn.grad import conv2d_weight
 
 from covariance import damped_cholesky, input_covariance, solve_right, unpack
 from optimizer import PreconditionedSGD
-from patches import at_least_float32, pad
+from patches import pad
+from precision import at_least_float32
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of X S at a time
 
@@ -109,13 +118,13 @@ def plain(W, S, steps, lr=0.1, momentum=0.9, weight_decay=0.0, damping=1.0, stat
     """
     ρ, β, μ, η = damping, stat_decay, momentum, lr
     eye = torch.eye(W.shape[1], dtype=W.dtype)
-    C, k, M = 0, 0, 0
+    C̃, k, M = 0, 0, 0
     for t, step in enumerate(steps):
         X, G = step(W)
         if t % tcov == 0:
             A = X.T @ X / len(X)                                           # (1)
-            C, k = β * C + (1 - β) * A @ S, k + 1                          # (2), the paper's C̃
-            Y = C / (1 - β ** k)                                           # (3)
+            C̃, k = β * C̃ + (1 - β) * A @ S, k + 1                          # (2)
+            Y = C̃ / (1 - β ** k)                                           # (3)
         if t % tinv == 0:
             Â = Y @ torch.linalg.pinv(S.T @ Y, hermitian=True) @ Y.T       # (4)
             inverse = torch.linalg.inv(Â + ρ * eye)
@@ -149,12 +158,11 @@ def sketched_rows(x, S):
     blocks, d, r = S.shape
     n = x.shape[-1]
     X, S = x.reshape(-1, n).to(S.dtype), S.transpose(0, 1).reshape(d, -1)  # (R, n), (d, blocks·r)
-    if d == n:
-        Y = X.mT @ (X @ S)                                                # (2)
-    else:
-        XS = torch.addmm(S[n], X, S[:n])
-        Y = torch.cat([X.mT @ XS, XS.sum(0, keepdim=True)])               # (2)
-    return Y.unflatten(1, (blocks, r)).transpose(0, 1)
+    XS = X @ S if d == n else torch.addmm(S[n], X, S[:n])                 # (R, blocks·r)
+    total = X.mT @ XS                                                     # (2)
+    if d > n:
+        total = torch.cat([total, XS.sum(0, keepdim=True)])
+    return total.unflatten(1, (blocks, r)).transpose(0, 1)
 
 
 def sketched_patches(x, S, geometry):
@@ -174,10 +182,10 @@ def sketched_patches(x, S, geometry):
     for part in x.split(chunk):
         part = (pad(part, geometry) if apart else part).to(S.dtype)
         XS = F.conv2d(part, filters, offset, *how)                        # (b, groups·r, oH, oW)
-        Y = conv2d_weight(part, shape, XS, *how).reshape(groups, r, n)    # (2)
+        new = conv2d_weight(part, shape, XS, *how).reshape(groups, r, n)  # (2)
         if offset is not None:
-            Y = torch.cat([Y, XS.sum((0, 2, 3)).view(groups, r, 1)], 2)
-        total = total + Y.mT
+            new = torch.cat([new, XS.sum((0, 2, 3)).view(groups, r, 1)], 2)
+        total = total + new.mT
     return total
 
 
@@ -202,15 +210,15 @@ def nystrom(Y, S):
     Y = Y + shift * S                                                     # (5)  Y_ν
     core = S.mT @ Y
     L, info = torch.linalg.cholesky_ex((core + core.mT) / 2)              # (5)  L Lᵀ = SᵀY_ν
-    B = torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False)    # (5)  Y_ν L⁻ᵀ
-    failed = (info != 0) | (rounding > 1e-3 * size).flatten() | ~B.isfinite().all(2).all(1)
-    # thin, and of zeros where B is not finite: svd would raise without the layer's name
-    U, σ, _ = torch.linalg.svd(B.nan_to_num(0, 0, 0), full_matrices=False)
+    Z = torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False)    # (5)  Y_ν L⁻ᵀ
+    failed = (info != 0) | (rounding > 1e-3 * size).flatten() | ~Z.isfinite().all(2).all(1)
+    # thin, and of zeros where Z is not finite: svd would raise without the layer's name
+    U, σ, _ = torch.linalg.svd(Z.nan_to_num(0, 0, 0), full_matrices=False)
     return U, (σ.square() - shift.squeeze(2)).clamp(min=0), failed
 
 
 def precondition(G, U, eigenvalues, damping):
-    """(6)  G̃ = (G − (G U) diag(λ̂/(λ̂ + ρ)) Uᵀ)/ρ for G (blocks, out/blocks, d): nothing is d×d."""
+    """(6)  G̃ = (G − (G U) diag(λ̂/(λ̂ + ρ)) Uᵀ)/ρ for G (blocks, out/blocks, d)."""
     seen = (G @ U) * (eigenvalues / (eigenvalues + damping)).unsqueeze(1)  # (blocks, out/blocks, r)
     return (G - seen @ U.mT).div_(damping)
 
@@ -222,15 +230,15 @@ class NysAct(PreconditionedSGD):
         what its group had when it was found; load_state_dict takes the checkpoint's.
     """
 
-    kinds = dict(linear="sketched covariance", conv="sketched covariance")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "sketched covariance")
     checks = PreconditionedSGD.checks | dict(
         rank=(lambda v: v >= 1 and v % 1 == 0, "a whole number, 1 or more"),
         sketch=(lambda v: v in ("gaussian", "subcolumns"), "'gaussian' or 'subcolumns'"),
         seed=(lambda v: 0 <= v < 2 ** 32 and v % 1 == 0, "a whole number from 0 to 2³² − 1"))
-    failure = ("the covariance of layer {name} cannot be factored with damping {damping}. Either its "
-               "inputs are too large for their precision: scale them down, or raise damping. Or it "
-               "was averaged with another sketch: give all ranks the same seed, and resume with the "
-               "torch release that wrote the checkpoint")
+    failure = ("the covariance of layer {name} cannot be factored with damping {damping}. Either "
+               "its inputs are too large for their precision: scale them down, or raise damping. "
+               "Or it was averaged with another sketch: give all ranks the same seed, and resume "
+               "with the torch release that wrote the checkpoint")
 
     def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, nesterov=False,
                  weight_decay=0.0, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95,
@@ -279,9 +287,9 @@ class NysAct(PreconditionedSGD):
         if "covariance" in layer.measured:
             return {"covariance": input_covariance(use, layer.bias is not None)}, use.rows  # (1)
         S = self.sketch_of(layer, use.x)[use.blocks]
-        Y = sketched_patches(use.x, S, use.geometry) if use.kind == "conv" else \
+        total = sketched_patches(use.x, S, use.geometry) if use.kind == "conv" else \
             sketched_rows(use.x, S)
-        return {"sketched": Y}, use.rows                                                    # (2)
+        return {"sketched": total}, use.rows                                                # (2)
 
     def gathered(self, layers, names):
         """With averages of A S comes the S that they were taken with; no checkpoint holds it."""

@@ -3,7 +3,7 @@
 A method answers five questions, and is a class of one screen then:
 
     kinds                    {kind of use: how it is preconditioned, in words}: which layers
-    set_up(layer)            layer.measured and layer.prepared = {name in state: shape (blocks, ...)}
+    set_up(layer)            layer.measured, layer.prepared = {name in state: shape (blocks, ...)}
     measure(layer, use)      {name: Σ over the rows of one use (blocks or 1, ...)}, number of rows
     prepare(damping, **measured)     {name: what is made of the averages}, which blocks failed
     apply(G, damping, **prepared)    G̃ for G (blocks, out/blocks, d) = [weight | bias]
@@ -19,21 +19,19 @@ prepare and apply together, as the blocks of one layer, so a small network costs
 
 State stands in optimizer.state[weight] under plain names, with "updates" (k) and "step".
 """
-import hashlib
 import inspect
 import warnings
 import weakref
-from itertools import accumulate
-from math import isfinite
+from contextlib import suppress
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
-from capture import Watcher, candidates, full_precision, watch
-from patches import at_least_float32
+from blocks import gradient_matrix, joined, replace_gradients, stacks
+from capture import Watcher, candidates, watch
+from pooling import agree, pool
+from precision import at_least_float32, full_precision
 
-STACK = 2 ** 20  # layers are joined up to this many numbers; beyond, their work outweighs launches
 POSITIVE = (lambda v: 0 < v < float("inf"), "a positive number")
 DECAY = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 PERIOD = (lambda v: v >= 1 and v % 1 == 0, "a whole number of steps, 1 or more")
@@ -45,7 +43,6 @@ class Preconditioner(torch.optim.Optimizer):
 
     kinds = {}
     checks = {}                    # option of a group: (is it valid, what is wanted in words)
-    decay = "stat_decay"           # the option that holds β of the average
     needs_gradients = False        # does the method have measure_gradient(layer, use, grad)?
     ignores_gradients = False      # True while gradients flow that are no training step's
     failure = "the average of layer {name} cannot be factored with damping {damping}"
@@ -84,9 +81,10 @@ class Preconditioner(torch.optim.Optimizer):
     def check(self, group):
         """Raise ValueError, naming the argument and its value, for what the step cannot use."""
         for name, (valid, wanted) in self.checks.items():
-            if not valid(group[name]):
-                raise ValueError(
-                    f"{type(self).__name__}: {name} must be {wanted}, got {group[name]}")
+            with suppress(TypeError):                                # of a string, or None
+                if valid(group[name]):
+                    continue
+            raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {group[name]!r}")
 
     def add_param_group(self, param_group):
         if self.ready and isinstance(param_group, dict):
@@ -113,6 +111,15 @@ class Preconditioner(torch.optim.Optimizer):
         watch(self.model, self.watcher, self.hooked)
         self.begin_step()
 
+    def part_with_bias(self, layer):
+        """The layer was used with another bias than its module's (SwinV2's is computed): from now
+        on its rows are a, not [a; 1], and its bias, if it has a gradient, takes the plain step."""
+        layer.bias, layer.found["bias"] = None, "apart"
+        layer.drop()
+        for name in ("updates", *layer.measured, *layer.prepared):
+            self.state.get(layer.weight, {}).pop(name, None)
+        self.set_up(layer)
+
     def candidates(self):
         return candidates(self.model, self.kinds)
 
@@ -124,7 +131,7 @@ class Preconditioner(torch.optim.Optimizer):
 
     def add_gradient(self, layer, use, grad):
         for name, total in self.measure_gradient(layer, use, grad).items():
-            layer.add(name, total, 0, use.blocks)
+            layer.add(name, total, use.rows, use.blocks)
 
     def blocks_of(self, layer, use):
         """The layer's blocks to which the sums of a use belong."""
@@ -140,6 +147,8 @@ class Preconditioner(torch.optim.Optimizer):
                 layer.on = self.steps % group["tcov"] == 0 and not state.get("fixed", False)
                 if "updates" in state:
                     state["step"] = self.steps
+                    if "bias" in layer.found:
+                        state["bias"] = layer.found["bias"]
         self.watcher.reset()
         self.watcher.on = any(layer.on for layer, _ in self.grouped())
 
@@ -156,7 +165,7 @@ class Preconditioner(torch.optim.Optimizer):
                                "has no model; make a new one and load this one's state_dict()")
         if not any(layer.on for layer in self.layers.values()):
             return
-        self.agree_on_layers()
+        agree(list(self.layers.values()), self.merge)
         due = [(layer, group) for layer, group in self.grouped() if layer.on]
         for layer, _ in due:
             if layer.weight.grad is None:      # dropped, and no backward pass has come since
@@ -174,13 +183,17 @@ class Preconditioner(torch.optim.Optimizer):
                     if state[name].dtype != mean.dtype:         # the model's was changed
                         state[name] = state[name].to(mean.dtype)
                     olds, means = averages.setdefault(
-                        (state["updates"], group[self.decay]), ([], []))
+                        (state["updates"], self.past(group)), ([], []))
                     olds.append(state[name])
                     means.append(mean)
                 else:
                     state[name] = mean.clone()                  # the buffer's memory is not kept
         for (updates, decay), (olds, means) in averages.items():
             running_mean(olds, means, updates, decay)
+
+    def past(self, group):
+        """β, the weight of the past in the averages."""
+        return group["stat_decay"]
 
     def check_captured(self, found, due):
         """A step whose gradients came with no statistics at all is no step of this model's."""
@@ -196,42 +209,21 @@ class Preconditioner(torch.optim.Optimizer):
                 "step(), or was backward() not called?")
 
     def pooled(self, layers):
-        """{layer: {name: Σ / rows}} of the layers that some rank saw. Drops the sums.
-
-        One flat buffer for all layers, so that ranks agree by one all-reduce, and one look at the
-        buffer finds what is not finite.
-        """
-        like = max((layer.weight for layer in layers), key=lambda w: w.dtype == torch.float64)
-        like = like.new_empty(0, dtype=at_least_float32(like))
-        slots = [(layer, name, torch.Size(shape)) for layer in layers
-                 for name, shape in layer.measured.items()]
-        sums, rows = [], []
-        for layer, name, shape in slots:
-            total, counts = layer.pending.get(name, (None, [0] * shape[0]))
-            sums.append(like.new_zeros(shape.numel()) if total is None else
-                        total.to(like).flatten())
-            rows += counts
-        numbers = rows + self.numbers_to_sum()
-        flat = torch.cat(sums + [torch.tensor(numbers, dtype=like.dtype, device="cpu").to(like)])
-        for layer in layers:
-            layer.drop()
-        if world_size() > 1:
-            dist.all_reduce(flat)
-        sums, counts = flat.split([len(flat) - len(numbers), len(numbers)])
-        ends = torch.stack([flat.amin(), flat.amax()])
-        *counts, least, most = torch.cat([counts, ends]).tolist()
-        parts = sums.split([shape.numel() for *_, shape in slots])
-        if not (isfinite(least) and isfinite(most)):             # nan is both
-            self.refuse_nonfinite(slots, parts)
-        self.summed_numbers(counts[len(rows):])
-        found, blocks, divisors, first = {}, [], [], 0
-        for (layer, name, shape), part in zip(slots, parts):
-            each = self.divisors(layer, name, counts[first:first + shape[0]])
-            first += shape[0]
+        """{layer: {name: Σ / rows}} of the layers that some rank saw. Drops their sums."""
+        slots, totals, bad = pool(layers, self.numbers_to_sum())
+        if bad is not None:
+            raise FloatingPointError(
+                f"{type(self).__name__}: the statistics ({bad[1]}) of layer {bad[0].name} are not "
+                f"finite in step {self.steps}; no parameter was changed. Lower the learning rate, "
+                "or look for the overflow that caused it")
+        self.summed_numbers(totals)
+        found, blocks, divisors = {}, [], []
+        for layer, name, total, rows in slots:
+            each = self.divisors(layer, name, rows)
             if any(each):
-                found.setdefault(layer, {})[name] = part.view(shape)
-                blocks += part.view(shape).unbind()
-                divisors += [max(n, 1) for n in each]
+                found.setdefault(layer, {})[name] = total
+                blocks += total.unbind()
+                divisors += [n or 1 for n in each]
         if blocks:
             torch._foreach_div_(blocks, divisors)
         return {layer: {name: mean.to(layer.weight.device, at_least_float32(layer.weight))
@@ -248,41 +240,13 @@ class Preconditioner(torch.optim.Optimizer):
         """By what the sums of a layer's blocks are divided; 0 where there is nothing to average."""
         return rows
 
-    def refuse_nonfinite(self, slots, parts):
-        layer, name = next((layer, name) for (layer, name, _), part in zip(slots, parts)
-                           if not part.isfinite().all())
-        raise FloatingPointError(
-            f"{type(self).__name__}: the statistics ({name}) of layer {layer.name} are not finite "
-            f"in step {self.steps}; no parameter was changed. Lower the learning rate, or look for "
-            "the overflow that caused it")
-
-    def agree_on_layers(self):
-        """What uses have shown of the layers must be the same on all ranks before they reduce."""
-        if world_size() == 1:
-            return
-        facts = {layer.name: layer.found for layer in self.layers.values()
-                 if layer.weight.requires_grad}
-        digest = hashlib.sha256(repr(sorted(
-            (name, sorted(found.items())) for name, found in facts.items())).encode()).digest()
-        number = int.from_bytes(digest[:7], "big")
-        device = next(iter(self.layers)).device
-        ends = torch.tensor([number, -number], dtype=torch.int64).to(device)
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-        if ends[0].item() == -ends[1].item():
-            return
-        everyone = [None] * world_size()
-        dist.all_gather_object(everyone, facts)
-        if any(theirs.keys() != facts.keys() for theirs in everyone):
-            raise RuntimeError(f"{type(self).__name__}: ranks train different layers, for example "
-                               f"{sorted(set.symmetric_difference(*map(set, everyone[:2])))[:1]}")
-        for layer in self.layers.values():
-            self.merge(layer, [theirs.get(layer.name, {}) for theirs in everyone])
-
     def merge(self, layer, everyone):
         """Take over what the uses on all ranks have shown of a layer."""
         reasons = [found["plain"] for found in everyone if "plain" in found]
         if reasons:
             self.watcher.contradict(layer, reasons[0])
+        elif "bias" not in layer.found and any("bias" in found for found in everyone):
+            self.part_with_bias(layer)
 
     # ---- the rest of torch's interface ----
 
@@ -306,7 +270,7 @@ class Preconditioner(torch.optim.Optimizer):
     @torch.compiler.disable
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
-        self.watcher.end()
+        self.watcher.reset()
         for layer in self.layers.values():
             layer.drop()
 
@@ -333,6 +297,9 @@ class Preconditioner(torch.optim.Optimizer):
 
     def restore(self, layer, saved):
         """A layer's statistics as they were saved, checked against what it measures."""
+        if "bias" in saved and layer.bias is not None:
+            self.part_with_bias(layer)
+            self.state[layer.weight]["updates"] = saved["updates"]
         for name, shape in (layer.measured | layer.prepared).items():
             if name not in saved:
                 if name in layer.measured and saved.get("updates"):
@@ -449,8 +416,8 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
             if state.get("updates") and (self.steps % group["tinv"] == 0
                                          or any(name not in state for name in layer.prepared)):
                 due.append((layer, group))
-        for layers, damping in stacks(due):
-            prepared, failed = self.prepare(damping, **self.gathered(layers, layers[0].measured))
+        parts = list(stacks(due))
+        for (layers, damping), (prepared, failed) in zip(parts, self.prepare_all(parts)):
             if failed is not None and failed.any():
                 bad = layers[failed.view(len(layers), -1).any(1).int().argmax()]
                 raise FloatingPointError(f"{type(self).__name__}: " + self.failure.format(
@@ -461,6 +428,11 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
                 for layer, part in zip(layers, parts):
                     self.state[layer.weight][name] = part
 
+    def prepare_all(self, parts):
+        """prepare() for each of these lists of layers of one shape, with their damping."""
+        for layers, damping in parts:
+            yield self.prepare(damping, **self.gathered(layers, layers[0].measured))
+
     def gathered(self, layers, names):
         """{name: that state of all these layers, their blocks in a row}."""
         states = [self.state[layer.weight] for layer in layers]
@@ -468,8 +440,8 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
 
     def precondition_gradients(self, raw):
         """Replace p.grad by G̃ for every layer that has statistics; raw collects what was there."""
-        ready = [(layer, group) for layer, group in self.grouped()
-                 if layer.weight.grad is not None and self.state.get(layer.weight, {}).get("updates")]
+        ready = [(layer, group) for layer, group in self.grouped() if layer.weight.grad is not None
+                 and self.state.get(layer.weight, {}).get("updates")]
         found = []
         for layers, damping in stacks(ready):
             prepared = self.gathered(layers, layers[0].prepared)
@@ -499,94 +471,8 @@ def running_mean(old, batch, updates, decay):
     return old
 
 
-def stacks(grouped):
-    """Lists of layers of one shape, whose blocks can stand as those of one layer; their damping.
-
-    A small layer's step costs a GPU the launches of its kernels, so such layers share them.
-    """
-    found = {}
-    for layer, group in grouped:
-        weight, shapes = layer.weight, layer.measured | layer.prepared
-        kind = (weight.shape, weight.stride(), layer.transposed, tuple(shapes.items()),
-                layer.bias is None, weight.dtype, weight.device, group["damping"])
-        found.setdefault(kind, []).append(layer)
-    for (shape, _, _, shapes, *_, damping), layers in found.items():
-        largest = max(torch.Size(s).numel() for s in (shape, *dict(shapes).values()))
-        at_once = max(1, STACK // max(1, largest))
-        for i in range(0, len(layers), at_once):
-            yield layers[i:i + at_once], damping
-
-
-def joined(tensors):
-    """torch.cat in float32 or better; of all the parts of a tensor, in order, that tensor itself,
-    not copied."""
-    first = tensors[0]
-    whole, ends = first._base, list(accumulate(map(len, tensors), initial=0))
-    if len(tensors) == 1:
-        whole = first
-    elif whole is None or whole.shape != (ends[-1], *first.shape[1:]) or any(
-            x._base is not whole or x.stride() != whole.stride()
-            or x.storage_offset() != end * whole.stride(0) for x, end in zip(tensors, ends)):
-        whole = torch.cat(tensors)
-    return whole.to(at_least_float32(whole))
-
-
-def gradient_matrix(layers):
-    """G = [W.grad | b.grad] of layers of one shape, one below the other: (n·out, d).
-
-    The gradient of a bias that the loss lacks is 0.
-    """
-    G = joined([layer.weight.grad.mT if layer.transposed else layer.weight.grad
-                for layer in layers]).flatten(1)
-    if layers[0].bias is None:
-        return G
-    biases = [torch.zeros_like(layer.bias) if layer.bias.grad is None else layer.bias.grad
-              for layer in layers]
-    parts = [grad[layer.bias_rows] for layer, grad in zip(layers, biases)]
-    return torch.cat([G, joined(parts)[:, None]], 1)
-
-
-def replace_gradients(layers, G, raw):
-    """Give each layer its part of G (n·out, d); raw collects what was there.
-
-    A fused step reads raw memory, so each gradient is laid out in memory as its weight is.
-    """
-    weight, out = layers[0].weight, layers[0].out
-    if layers[0].bias is not None:
-        give_biases(layers, G[:, -1].to(layers[0].bias.dtype).contiguous().split(out), raw)
-        G = G[:, :-1]
-    G = G.to(weight.dtype)
-    if not layers[0].transposed:
-        G = G.reshape(-1, *weight.shape[1:])
-        form = torch.channels_last if weight.dim() == 4 and not weight.is_contiguous() else \
-            torch.contiguous_format
-        G = G.contiguous(memory_format=form)
-    for layer, part in zip(layers, G.split(out)):
-        weight, part = layer.weight, part.mT if layer.transposed else part
-        if part.stride() != weight.stride():
-            part = torch.empty_like(weight).copy_(part)
-        raw[weight], weight.grad = weight.grad, part
-
-
-def give_biases(layers, parts, raw):
-    for layer, part in zip(layers, parts):
-        bias = layer.bias
-        if bias.grad is None:
-            continue
-        if len(part) == len(bias):
-            raw[bias], bias.grad = bias.grad, part
-            continue
-        if bias not in raw:                  # one bias serves three weights, a third to each
-            raw[bias], bias.grad = bias.grad, bias.grad.clone()
-        bias.grad[layer.bias_rows] = part
-
-
 def remove_hooks(hooked):
     """When an optimizer is gone, its hooks should cost the model nothing."""
     for handles in hooked.values():
         for handle in handles:
             handle.remove()
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

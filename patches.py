@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from precision import at_least_float32
+
 
 class Geometry(NamedTuple):
     """Of a convolution: per axis (rows, columns); padding by zeros at both ends of each axis."""
@@ -81,8 +83,3 @@ def taps(size, k, stride, dilation, ends, dtype, device):
 def image_sum(x):
     """Σ x over the images of a batch (B, C, H, W): (C, H, W)."""
     return x.sum(0, dtype=at_least_float32(x))
-
-
-def at_least_float32(x):
-    """The dtype in which sums over x are taken and kept."""
-    return torch.promote_types(x.dtype, torch.float32)

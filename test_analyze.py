@@ -1,21 +1,17 @@
 """analyze.py: the numbers behind the figures, where the answer is known."""
-import contextlib
 import functools
-import io
 import math
 import os
 import sys
-import tempfile
-from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import analyze
-import mac
 import models
 import nysact
+from attention import attention_sum
 from adafisher import AdaFisher
 from foof import FOOF
 from kfac import KFAC
@@ -28,7 +24,6 @@ f64 = functools.partial(torch.tensor, dtype=torch.float64)
 
 def test_spectra():
     """The largest eigenvalues of A ⊗ P against those of the matrix; a known spectrum."""
-    torch.manual_seed(0)
     A, P = (Q @ f64(values).diag() @ Q.mT for values, Q in
             zip(([5, 3, 1], [2, 0.5]), (torch.linalg.qr(randn(n, n))[0] for n in (3, 2))))
     tops = analyze.top_eigenvalues(analyze.Moments(A, P, A[0], 1), 4)
@@ -103,7 +98,6 @@ def test_mean():
     close(found["cosine"], 1.0, 1e-14)
     found = analyze.alignment(torch.outer(ā, ā) + 50 * torch.eye(2), ā)
     close([found[k] for k in ("cosine", "sharp_bound", "bound")], [1.0, 1.0, 0.0], 1e-12)
-    torch.manual_seed(0)
     for i in range(40):
         X = randn(30, 6).relu() + i / 40
         found = analyze.alignment(X.mT @ X / 30, X.mean(0))
@@ -118,7 +112,6 @@ def test_attention():
     T = t.expand(3, 3)
     close(torch.linalg.svdvals(T), [math.sqrt(3) * t.norm(), 0, 0], 1e-15)
     close(analyze.top_cosine(T.mT @ T, t), 1.0, 1e-14)
-    torch.manual_seed(0)
     net = models.VisionTransformer(8, 4, 8, 2, 2, 3, 3).double()
     x = randn(5, 3, 8, 8)
     nn.init.normal_(net.blocks[0].attn.qkv.weight)
@@ -128,7 +121,7 @@ def test_attention():
     tokens = torch.cat([net.cls_token.expand(5, -1, -1), tokens], 1) + net.pos_embed
     q, k, _ = net.blocks[0].attn.qkv(net.blocks[0].norm1(tokens)).view(5, 5, 3, 2, 4).permute(
         2, 0, 3, 1, 4)
-    close(found["blocks.0.attn"][0].sum(0), mac.attention_sum(q, k, 0.5).mean((0, 1)), 1e-12)
+    close(found["blocks.0.attn"][0].sum(0), attention_sum(q, k, scale=0.5).mean((0, 1)), 1e-12)
     close(found["blocks.0.attn"][0].sum(1), torch.ones(5), 1e-14)
     close(found["blocks.1.attn"][0], f64([[0.2] * 5] * 5), 1e-14)
     close(found["blocks.1.attn"][1], torch.ones(6), 1e-12)
@@ -138,7 +131,6 @@ def test_attention():
 
 def test_convergence():
     """Grams against J B Jᵀ with the dense B; the factor as the rate of a linear least squares."""
-    torch.manual_seed(0)
     n, out, d = 5, 2, 4
     J, X, p = randn(n, out, d), randn(9, d) + 1, randn(9, out)
     m = analyze.Moments(X.mT @ X / 9, p.mT @ p / 9, X.mean(0), 3.0)
@@ -193,7 +185,6 @@ def test_gershgorin_kaiser():
     kept, share = analyze.kaiser(torch.linalg.eigvalsh(R))
     close([kept, share], [1, 2 / 3], 1e-14)
     assert analyze.kaiser(torch.ones(5).double()) == (0, 0.0), "the identity has none above 1"
-    torch.manual_seed(0)
     X = randn(40, 60)
     M = X.mT @ X
     E = analyze.symmetric_noise(M, 0.1)
@@ -206,7 +197,6 @@ def test_gershgorin_kaiser():
 
 def test_fourier():
     """Ridges of a diagonal matrix in closed form; the signal-to-noise ratio by hand."""
-    torch.manual_seed(0)
     diagonal = torch.rand(7).double() + 0.1
     line, u = torch.fft.fft(diagonal).abs(), torch.arange(7)
     wanted = line[(u[:, None] + u) % 7]
@@ -219,7 +209,6 @@ def test_fourier():
 
 def test_landscape():
     """Gradient descent on a quadratic that leaves a known plane; losses on the grid."""
-    torch.manual_seed(0)
     Q = torch.linalg.qr(randn(6, 6))[0]
     centre = Q[:, 2]
     steps = [centre + 0.5 ** k * Q[:, 0] + 3 * 0.8 ** k * Q[:, 1] for k in range(12)]
@@ -332,84 +321,80 @@ def test_nystrom():
         L, A = setup.optimizer.state[exact]["factor"][0].double(), averages[exact]
         close(L @ L.mT - torch.eye(len(A)), A, 1e-5)
         A, state = averages[sketched], setup.optimizer.state[sketched]
-        S = setup.optimizer.layers[sketched].sketch(A)[0].double()
+        S = setup.optimizer.sketch_of(setup.optimizer.layers[sketched], A)[0]
         close(state["eigenvalues"][0].sort().values, nysact.nystrom(A @ S[None],
                                                                     S[None])[1][0].sort().values,
               1e-4)
 
 
-def test_csv():
+SGD_RUN = analyze.RECIPES["sgd"] | dict(model="lenet5", dataset="shapes", optim="sgd", run=0)
+
+
+def test_csv(tmp_path, monkeypatch, capsys):
     """What a figure writes where matplotlib is missing: its numbers, caption and command."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = analyze.parse(["curves", "a b", "--output_dir", folder, "--note", "hand-made"])
-        before, sys.modules["matplotlib"] = sys.modules.get("matplotlib"), None
-        try:
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                path, caption = analyze.publish(args, None, "", "Two\n  numbers.", ("x", "y"),
-                                                [("p", 1 / 3), ("q", 2)], [], (3, 3), None)
-        finally:
-            del sys.modules["matplotlib"]
-            if before is not None:
-                sys.modules["matplotlib"] = before
-        assert "pip install matplotlib" in said.getvalue() and os.listdir(folder) == ["curves.csv"]
-        lines = path.with_suffix(".csv").read_text(encoding="utf-8").splitlines()
+    args = analyze.parse(["curves", "a b", "--output_dir", str(tmp_path), "--note", "hand-made"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path, caption = analyze.publish(args, None, "", "Two\n  numbers.", ("x", "y"),
+                                    [("p", 1 / 3), ("q", 2)], [], (3, 3), None)
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["curves.csv"]
+    lines = path.with_suffix(".csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"# {caption}" == "# Two numbers (hand-made)."
     assert lines[1].startswith("# python analyze.py curves 'a b' --output_dir"), lines[1]
-    assert lines[2:] == [f"# torch {torch.__version__}", "x,y", "p,0.333333", "q,2"], lines
+    assert lines[2:] == [f"# torch {torch.__version__}", "x,y", "p,0.333333", "q,2"]
 
 
-def test_seeds():
+def test_seeds(tmp_path, monkeypatch, capsys):
     """The caption of a surface names the seeds of all runs that are drawn on it."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(sys.modules, matplotlib=None), \
-            mock.patch.object(analyze.datasets, "load",
-                              lambda *_: analyze_data(n=20, size=32, classes=10)):
-        runs = [os.path.join(folder, name) for name in "abc"]
-        for run, seed in zip(runs, (3, 0, 0)):
-            config = analyze.RECIPES["sgd"] | dict(model="lenet5", dataset="shapes", optim="sgd",
-                                                   run=seed)
-            os.mkdir(run)
-            torch.save(dict(config=config, epoch=1, model=models.CIFAR_MODELS["lenet5"](
-                10).state_dict()), os.path.join(run, "checkpoint.pt"))
-        for some, seeds in ((runs, "seeds 3, 0"), (runs[1:], "seed 0")):
-            with contextlib.redirect_stdout(io.StringIO()) as said, \
-                    contextlib.redirect_stderr(io.StringIO()):
-                status = analyze.main(["landscape", *some, "--grid", "2", "--output_dir", folder])
-            assert status == 0 and f"{2 * len(some)} iterates, {seeds})" in " ".join(
-                said.getvalue().split()), said.getvalue()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(analyze.datasets, "load",
+                        lambda *_: analyze_data(n=20, size=32, classes=10))
+    runs = [str(tmp_path / name) for name in "abc"]
+    for run, seed in zip(runs, (3, 0, 0)):
+        os.mkdir(run)
+        torch.save(dict(config=SGD_RUN | dict(run=seed), epoch=1,
+                        model=models.lenet5(10).state_dict()), f"{run}/checkpoint.pt")
+    for some, seeds in ((runs, "seeds 3, 0"), (runs[1:], "seed 0")):
+        assert analyze.main(["landscape", *some, "--grid", "2", "--output_dir", str(tmp_path)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"{2 * len(some)} iterates, {seeds})" in said, said
 
 
-def test_refuses():
-    """Layers, flags and folders that do not exist: one sentence that names what does."""
-    from train_cifar import COLUMNS
+def test_choose():
+    """One sentence for a layer that does not exist."""
     net = analyze_net()
     raises(analyze.UsageError, ("no layer 'fc'", "choose from 0, 3"),
            lambda: analyze.choose(net, ["0", "fc"], ()))
     assert analyze.choose(net, None, (0, 0.5, 1)) == ["0", "3", "3"]
     assert analyze.choose(net, ["3"], (0,)) == ["3"]
-    with tempfile.TemporaryDirectory() as folder:
-        raises(analyze.UsageError, (folder, "log.csv"), lambda: analyze.read_curves([folder]))
-        raises(analyze.UsageError, (folder, "checkpoint.pt"), lambda: analyze.read_run(folder))
-        with open(os.path.join(folder, "checkpoint.pt"), "wb") as file:
-            file.write(b"no checkpoint")
-        raises(analyze.UsageError, ("damaged",), lambda: analyze.read_run(folder))
-        for name, line in (("a", "1,0.1,2.5,30,2.4,31.5,10,5\n2,0.1,1.5,40,1.4,41.5,20,5\n"),
-                           ("b", "1,0.1,2.5,30,2.4\n")):
-            os.mkdir(os.path.join(folder, name))
-            with open(os.path.join(folder, name, "log.csv"), "w") as file:
-                file.write(",".join(COLUMNS) + "\n" + line)
-        runs = analyze.read_curves([os.path.join(folder, "a")])
-        assert runs == {"a": [(1, 10.0, 2.5, 31.5), (2, 30.0, 1.5, 41.5)]}, runs
-        raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
-        with open(os.path.join(folder, "b", "log.csv"), "w") as file:
-            file.write('"' + 200_000 * "x")                 # more than csv takes for a field
-        raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
-        config = analyze.RECIPES["sgd"] | dict(model="lenet5", dataset="shapes", optim="sgd", run=0)
-        for name in ("lr", "run"):
-            older = {key: value for key, value in config.items() if key != name}
-            torch.save(dict(config=older, epoch=1, model={}), os.path.join(folder, "checkpoint.pt"))
-            raises(analyze.UsageError, ("not a checkpoint",), lambda: analyze.read_run(folder))
-        raises(analyze.UsageError, ("does not fit", "lenet5"),
-               lambda: analyze.put_weights(net, dict(model={}), config))
+
+
+def test_damaged_folders(tmp_path):
+    """One sentence for folders that hold no run, and files that cannot be read."""
+    from train_cifar import COLUMNS
+    folder, checkpoint = str(tmp_path), tmp_path / "checkpoint.pt"
+    raises(analyze.UsageError, (folder, "log.csv"), lambda: analyze.read_curves([folder]))
+    raises(analyze.UsageError, (folder, "checkpoint.pt"), lambda: analyze.read_run(folder))
+    checkpoint.write_bytes(b"no checkpoint")
+    raises(analyze.UsageError, ("damaged",), lambda: analyze.read_run(folder))
+    for name, line in (("a", "1,0.1,2.5,30,2.4,31.5,10,5\n2,0.1,1.5,40,1.4,41.5,20,5\n"),
+                       ("b", "1,0.1,2.5,30,2.4\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text(",".join(COLUMNS) + "\n" + line)
+    runs = analyze.read_curves([str(tmp_path / "a")])
+    assert runs == {"a": [(1, 10.0, 2.5, 31.5), (2, 30.0, 1.5, 41.5)]}
+    raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
+    (tmp_path / "b/log.csv").write_text('"' + 200_000 * "x")       # more than csv takes for a field
+    raises(analyze.UsageError, ("log.csv", "lacks"), lambda: analyze.read_curves([folder]))
+    for name in ("lr", "run"):
+        older = {key: value for key, value in SGD_RUN.items() if key != name}
+        torch.save(dict(config=older, epoch=1, model={}), checkpoint)
+        raises(analyze.UsageError, ("not a checkpoint",), lambda: analyze.read_run(folder))
+    raises(analyze.UsageError, ("does not fit", "lenet5"),
+           lambda: analyze.put_weights(analyze_net(), dict(model={}), SGD_RUN))
+
+
+def test_flags():
     raises(analyze.Diverged, ("diverged in step 1", "raise damping"), lambda: list(
         analyze.training(analyze_setup("foof", analyze_net(), damping=1e-30), 2)))
     for argv, words in ((["effect", "--rank", "3"], ("--rank has no use in mac",)),

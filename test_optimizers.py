@@ -10,7 +10,6 @@ import importlib.util
 import inspect
 import io
 import math
-import sys
 import weakref
 
 import pytest
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import bench
 import models
 from testing import (OPTIMIZERS, SGD_FAMILY, close, known, loss_of, make_data, make_net, on_ranks,
-                     only, parameters, raises, randn, snapshot, trained, usual)
+                     only, parameters, raises, randn, set_everywhere, snapshot, trained, usual)
 
 
 @functools.cache
@@ -192,7 +191,7 @@ def test_grad_scaler(make, fused):
             optimizer.zero_grad()
             (64 * loss_of(model, x, y)).backward()
             optimizer.step()
-    options = dict(lr=1e-3, fused=True) if fused else dict(lr=1e-3)
+    options = dict(lr=1e-5, fused=True) if fused else dict(lr=1e-5)
     got = trained(make, scaled, data, make_net(dtype=torch.float32), grad_scaler=scaler, **options)
     close(got, trained(make, plain, taken, make_net(dtype=torch.float32), **options), 0)
     assert 2 <= len(data) - len(taken) <= 8, "the scale was to overflow twice at least"
@@ -397,6 +396,21 @@ def test_nothing_kept_alive(make):
     assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
 
+def test_collected_in_a_pass(make):
+    """An optimizer that another one replaced may die while the model runs."""
+    net = make_net()
+    old = make(net)
+    old.itself = old                                        # it lives on until a collection
+    optimizer = make(net)
+
+    def collect(*args):
+        gc.collect()
+    net.conv1.register_forward_hook(collect)
+    del old
+    usual(net, optimizer, make_data(8))
+    close(snapshot(net, optimizer), reference(make), 0)
+
+
 # ---- torch's interface ----
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
@@ -517,10 +531,12 @@ def test_parameter_groups(make):
 
 
 def test_group_options(make):
-    """Two groups do what optimizers with their options do: one step, then state, as weights stay."""
+    """Two groups do what optimizers with their options do: a step, then state, as weights stay."""
     options = [known(make.Optimizer, values) for values in (
-        dict(tcov=2, tinv=3, stat_decay=0.9, gamma=0.9, beta=0.5, damping=0.5, weight_decay=0.3),
-        dict(tcov=3, tinv=4, stat_decay=0.5, gamma=0.5, beta=0.9, damping=2.0, weight_decay=0.1))]
+        dict(tcov=2, tinv=3, stat_decay=0.9, gamma=0.9, beta=0.5, damping=0.5, weight_decay=0.3,
+             averaging="printed"),
+        dict(tcov=3, tinv=4, stat_decay=0.5, gamma=0.5, beta=0.9, damping=2.0, weight_decay=0.1,
+             averaging="released"))]
     for lr, steps in ((0.1, 1), (0.0, 9)):
         net, data, common = make_net(), make_data(steps), dict(lr=lr, kl_clip=None)
         params = list(net.parameters())
@@ -551,39 +567,25 @@ def test_maximize(make):
     close({name: got[name] for name in names}, {name: reference(make)[name] for name in names}, 0)
 
 
-class Encoder(nn.Module):
-    """torch's encoder with a class token; layers that are frozen, unused and tied."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(6, 8)
-        self.token, self.position = nn.Parameter(randn(1, 1, 8)), nn.Parameter(randn(1, 19, 8))
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16)
-        self.frozen, self.unused, self.tied = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
-        self.frozen.requires_grad_(False)
-        self.tied.weight = self.layer.linear1.weight
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.embed(x.flatten(1, 2))                                # (B, 18, 8)
-        x = torch.cat([self.token.expand(len(x), 1, 8), x], 1) + self.position
-        x = self.frozen(self.layer(x.transpose(0, 1))[0])
-        return self.head(self.tied(x)[:, :8])
+def frozen_block():
+    net = make_net()
+    net.block.mlp.requires_grad_(False)
+    return net
 
 
 @pytest.mark.parametrize("build, size", (
-    (lambda: models.resnet20(5), 6), (Encoder, 6),
+    (lambda: models.resnet20(5), 6), (frozen_block, 6),
     (lambda: models.VisionTransformer(6, 2, 24, 2, 3, 5, 3), 6),
     (lambda: models.SwinTransformer(24, 8, (2, 2), (2, 2), 5), 24)),
-    ids=("ResNet", "nn.TransformerEncoderLayer", "ViT", "Swin"))
+    ids=("ResNet", "torch's encoder, frozen and unused layers", "ViT", "Swin"))
 def test_every_parameter_moves(make, build, size):
     net = build().double()
     before = parameters(net)
     usual(net, make(net, weight_decay=0.0),
           [(F.interpolate(x, size) + 0.1 * randn(6, 3, size, size), y) for x, y in make_data(3)])
     for name, p in net.named_parameters():
-        assert torch.equal(p, before[name]) == name.startswith(("frozen", "unused")), name
-        assert p.isfinite().all(), name
+        frozen = not p.requires_grad or name.startswith("extra")
+        assert torch.equal(p, before[name]) == frozen and p.isfinite().all(), name
 
 
 @pytest.mark.parametrize("channels_last_model", (False, True))
@@ -655,10 +657,10 @@ def two_at_a_time(model, optimizer, data):
 @pytest.mark.parametrize("loop", (usual, two_at_a_time))
 def test_stacks(make, loop, monkeypatch):
     """Layers of one shape take their step together as they do one by one, or two by two."""
-    want = trained(make, loop, twins_data(), make_twins())
+    want = trained(make, loop, twins_data(), make_twins(), loss_terms=11)
     for stack in (1, 2 * 4 * 4 * 9):
-        monkeypatch.setattr(sys.modules[make.Optimizer.__module__], "STACK", stack)
-        close(trained(make, loop, twins_data(), make_twins()), want, 1e-11)
+        set_everywhere(monkeypatch, "STACK", stack)
+        close(trained(make, loop, twins_data(), make_twins(), loss_terms=11), want, 1e-11)
 
 
 @only(*SGD_FAMILY)
@@ -674,7 +676,7 @@ def test_stacks_resumed(make):
 
 
 def test_launches(make):
-    """Off steps compute nothing in the passes, and launch as many kernels for 30 layers as for 3."""
+    """Off steps compute nothing in the passes, and launch as much for 30 layers as for 3."""
     counts = {}
     for depth in (3, 30):
         blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4),
@@ -692,9 +694,7 @@ def test_launches(make):
             with bench.Operators() as launches:
                 optimizer.step()
         counts[depth] = len(launches.names)
-    # AdaFisher forms each F̃ where it is used
-    per_layer = 0 if issubclass(make.Optimizer, torch.optim.SGD) else 1
-    assert counts[30] <= counts[3] + 27 * per_layer
+    assert counts[30] <= counts[3]
 
 
 @only(*SGD_FAMILY)
@@ -714,9 +714,9 @@ def test_fused(make):
 
 
 @only(*SGD_FAMILY)
-@pytest.mark.parametrize("options", ({}, dict(momentum=0.0), dict(nesterov=True), dict(foreach=True),
-                                     dict(weight_decay=0.1), dict(foreach=False), dict(fused=True),
-                                     dict(maximize=True)), ids=str)
+@pytest.mark.parametrize("options", (
+    {}, dict(momentum=0.0), dict(nesterov=True), dict(weight_decay=0.1), dict(foreach=True),
+    dict(foreach=False), dict(fused=True), dict(maximize=True)), ids=str)
 @pytest.mark.parametrize("resumed", (False, True))
 def test_is_sgd_for_large_damping(make, options, resumed):
     """ρ → ∞ is torch's SGD, with all its options, also where that one's checkpoint is loaded.
@@ -799,8 +799,7 @@ def test_devices(make, monkeypatch):
     x, y = torch.empty(6, 3, 6, 6, device="meta"), torch.empty(6, dtype=torch.long, device="meta")
     for name, fake in dict(tolist=counts, __bool__=no_failure, cpu=lambda tensor: tensor).items():
         monkeypatch.setattr(torch.Tensor, name, fake)
-    monkeypatch.setattr(sys.modules[make.Optimizer.__module__], "full_precision",
-                        lambda device: contextlib.nullcontext())
+    set_everywhere(monkeypatch, "full_precision", lambda device: contextlib.nullcontext())
     for step in range(5):
         reads.clear()
         with OneDevice():
@@ -839,7 +838,7 @@ def test_arguments_refused(make):
     raises(ValueError, ["damping", "-2"], lambda: make(net, params=params))
     if issubclass(make.Optimizer, torch.optim.SGD):
         raises(ValueError, ["Nesterov"], lambda: make(net, momentum=0.0, nesterov=True))
-    with pytest.warns(UserWarning, match="no Linear"):
+    with pytest.warns(UserWarning, match="no Linear|no weight"):
         make(nn.Sequential(nn.Embedding(3, 3)))
 
 

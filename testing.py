@@ -2,6 +2,7 @@
 import datetime
 import inspect
 import os
+import sys
 import tempfile
 
 import pytest
@@ -65,6 +66,18 @@ def snapshot(model, optimizer):
         for key, value in optimizer.state.get(p, {}).items():
             values[f"{name}: {key}"] = value
     return {key: torch.as_tensor(value).detach().double().clone() for key, value in values.items()}
+
+
+def modules_with(name):
+    """The project's loaded modules that have this constant or function."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    return [module for module in sys.modules.values() if name in vars(module)
+            and os.path.dirname(getattr(module, "__file__", None) or "") == folder]
+
+
+def set_everywhere(monkeypatch, name, value):
+    for module in modules_with(name):
+        monkeypatch.setattr(module, name, value)
 
 
 # ---- a network, its data, its training ----
@@ -155,7 +168,7 @@ OPTIMIZERS = {       # what holds for all of them is tested with these settings
     "foof": factory(FOOF, **COMMON),
     "nysact": factory(NysAct, rank=5, **COMMON),
     "kfac": factory(KFAC, **COMMON),
-    "adafisher": factory(AdaFisher, **COMMON | dict(lr=1e-3)),
+    "adafisher": factory(AdaFisher, averaging="printed", **COMMON | dict(lr=1e-3)),
     "adafisherw": factory(AdaFisherW, **COMMON | dict(lr=1e-3)),
 }
 SGD_FAMILY = ("mac", "foof", "nysact", "kfac")     # they precondition the gradient for momentum SGD
