@@ -241,7 +241,8 @@ class AdaFisher(Preconditioner):
     finite; parameters and state stay.
     """
 
-    kinds = dict(linear="outer product", conv="outer product", norm="per channel")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "outer product") | dict(
+        norm="per channel")
     checks = dict(lr=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, beta=DECAY, damping=POSITIVE,
                   gamma=DECAY, tcov=PERIOD,
                   averaging=(lambda v: v in ("released", "printed"), "'released' or 'printed'"))
