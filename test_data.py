@@ -28,7 +28,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import augment
 import data
+import download
+import images as pictures
+import text as texts
 from test_math import close, run_tests, skip
 
 # A shell that starts this in the background lets it, and so its children, ignore Ctrl-C.
@@ -41,7 +45,7 @@ def data_error(call, *words):
     """The message of the DataError that `call` raises, which must hold all the words."""
     try:
         call()
-    except data.DataError as error:
+    except download.DataError as error:
         message = str(error)
         for word in words:
             assert str(word) in message, f"'{word}' is not in: {message}"
@@ -100,8 +104,8 @@ def tiny_cifar(mirrors=()):
     files = {name: (len(blobs[name]), md5(blobs[name])) for name in ("tiny.bin.gz", "tiny.py.gz")}
     releases = (data.Release("tiny.bin.gz", "bin", 1, {"a": 4, "b": 4}, {"c": 3}),
                 data.Release("tiny.py.gz", "py", b"labels", {"x": 4, "y": 4}, {"z": 3}))
-    with mock.patch.dict(data.FILES, files), mock.patch.dict(
-            data.RELEASES, cifar10=releases), mock.patch.dict(data.MIRRORS, cifar10=mirrors):
+    with mock.patch.dict(download.FILES, files), mock.patch.dict(
+            data.RELEASES, cifar10=releases), mock.patch.dict(download.MIRRORS, cifar10=mirrors):
         yield blobs
 
 
@@ -182,14 +186,14 @@ def mirror(blobs):
     server.server_close()
 
 
-def download(*how, part=None, file="tiny.bin.gz", words=()):
+def fetch_tiny(*how, part=None, file="tiny.bin.gz", words=()):
     """Load a tiny CIFAR through mirrors that behave as `how` says.
 
     part: bytes of an earlier attempt. words: expect a DataError that holds them.
     Returns the (how, first byte) of the requests and what is left of the .part file.
     """
     with folder() as path, tiny_cifar() as blobs, mirror(blobs) as address:
-        data.MIRRORS["cifar10"] = [f"{address}/{h}/{file}" for h in how]
+        download.MIRRORS["cifar10"] = [f"{address}/{h}/{file}" for h in how]
         if part is not None:
             put(path, **{file + ".part": part(blobs[file])})
         left = path / (file + ".part")
@@ -225,14 +229,14 @@ def test_data_augment():
     """Crop and flip against a loop over the images; normalise and cut out likewise."""
     images = torch.from_numpy(tiny_images(3, 40)[0])[:, :, :, :28]  # (40, 3, 32, 28)
     state = torch.Generator().manual_seed(5)
-    got = data.augment(images, torch.Generator().manual_seed(5), pad=3)
+    got = data.crop_and_flip(images, torch.Generator().manual_seed(5), pad=3)
     top, left, mirrored = (torch.randint(n, (40, 1), generator=state) for n in (7, 7, 2))
     for i in range(40):
         want = F.pad(images[i], (3, 3, 3, 3))[:, top[i]:top[i] + 32, left[i]:left[i] + 28]
         assert torch.equal(got[i], want.flip(2) if mirrored[i] else want)
     assert {0, 6} <= set(top.flatten().tolist()) and 5 < mirrored.sum() < 35
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    x = data.normalize(images, mean, std)
+    x = augment.normalize(images, mean, std)
     want = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
         3, 1, 1)
     close("normalize", x, want, 1e-6)
@@ -312,7 +316,7 @@ def test_data_damaged_files():
         check(path, "tiny.bin.gz", bytes([good[0] ^ 1]) + good[1:], "md5", "Remove it")
         check(path, "tiny.bin.gz", b"", "0 bytes")
         short = tar_gz({"bin/a": blobs["bin/a"], "../bin/b": blobs["bin/b"]})
-        data.FILES["tiny.bin.gz"] = (len(short), md5(short))
+        download.FILES["tiny.bin.gz"] = (len(short), md5(short))
         check(path, "tiny.bin.gz", short, "does not contain bin/b")
         binary, a = path / "bin", blobs["bin/a"]
         put(binary, a=a, b=blobs["bin/b"])
@@ -356,37 +360,37 @@ def test_data_hostile_pickle():
 
 def test_data_download():
     """Mirrors in turn, resuming, verifying; a failure leaves everything for the next attempt."""
-    assert download("good") == ([("good", 0)], None)
-    assert download("good", file="tiny.py.gz")[1] is None
-    assert download("missing", "page", "good")[0] == [("missing", 0), ("page", 0), ("good", 0)]
+    assert fetch_tiny("good") == ([("good", 0)], None)
+    assert fetch_tiny("good", file="tiny.py.gz")[1] is None
+    assert fetch_tiny("missing", "page", "good")[0] == [("missing", 0), ("page", 0), ("good", 0)]
 
     def half(blob):
         return blob[:5000]
 
-    assert download("good", part=half)[0] == [("good", 5000)]
-    assert download("norange", part=half)[0] == [("norange", 5000)]
-    assert download("good", part=lambda blob: blob)[0][0][0] == "good"  # only the rename was left
+    assert fetch_tiny("good", part=half)[0] == [("good", 5000)]
+    assert fetch_tiny("norange", part=half)[0] == [("norange", 5000)]
+    assert fetch_tiny("good", part=lambda blob: blob)[0][0][0] == "good"  # only the rename was left
     # a break is mended at the same mirror; bytes of another file are dropped
-    requests = download("breaks")[0]
+    requests = fetch_tiny("breaks")[0]
     assert len(requests) == 2 and requests[1][1] > 5000
-    assert download("good", part=lambda blob: b"x" * 5000)[0] == [("good", 5000), ("good", 0)]
-    assert download("good", part=lambda blob: blob + b"x")[0][-1] == ("good", 0)
-    assert download("wrong", "good")[0] == [("wrong", 0), ("good", 0)]
-    assert download("wrong", "good", part=half)[0] == [("wrong", 5000), ("wrong", 0), ("good", 0)]
+    assert fetch_tiny("good", part=lambda blob: b"x" * 5000)[0] == [("good", 5000), ("good", 0)]
+    assert fetch_tiny("good", part=lambda blob: blob + b"x")[0][-1] == ("good", 0)
+    assert fetch_tiny("wrong", "good")[0] == [("wrong", 0), ("good", 0)]
+    assert fetch_tiny("wrong", "good", part=half)[0] == [("wrong", 5000), ("wrong", 0), ("good", 0)]
     # none delivers: one message, and what had arrived stays
     words = ("cifar10 could not be downloaded", "404", "offers 19 bytes", "/page/tiny.bin.gz",
              "tiny.bin.gz or tiny.py.gz", "by hand", "--dataset shapes")
-    requests, left = download("missing", "page", part=half, words=words)
+    requests, left = fetch_tiny("missing", "page", part=half, words=words)
     assert len(left) == 5000
-    assert download("wrong", words=["wrong checksum"])[1] is None
+    assert fetch_tiny("wrong", words=["wrong checksum"])[1] is None
 
 
 def test_data_download_fails_soon():
     """Nobody there, a name that does not resolve, a mirror that falls silent."""
     start = time.time()
     with folder() as path, tiny_cifar() as blobs, mirror(blobs) as address, mock.patch.object(
-            data, "TIMEOUT", 0.3):
-        data.MIRRORS["cifar10"] = [f"http://127.0.0.1:1/{name}" for name in data.FILES][-2:] + [
+            download, "TIMEOUT", 0.3):
+        download.MIRRORS["cifar10"] = [f"http://127.0.0.1:1/{name}" for name in download.FILES][-2:] + [
             "http://name.invalid/tiny.bin.gz", f"{address}/slow/tiny.bin.gz"]
         data_error(lambda: data.load("cifar10", path), "refused", "name.invalid", "no answer")
         assert 0 < (path / "tiny.bin.gz.part").stat().st_size < len(blobs["tiny.bin.gz"])
@@ -407,8 +411,8 @@ def test_data_fashion():
     arrays = (images, labels, images[:3], labels[:3])
     blobs = dict(zip(data.FASHION, map(idx, arrays)))
     files = {name: (None, md5(blob)) for name, blob in blobs.items()}
-    with folder() as path, mock.patch.dict(data.FILES, files), mirror(blobs) as address, \
-            mock.patch.dict(data.MIRRORS, fashion_mnist=[f"{address}/missing/",
+    with folder() as path, mock.patch.dict(download.FILES, files), mirror(blobs) as address, \
+            mock.patch.dict(download.MIRRORS, fashion_mnist=[f"{address}/missing/",
                                                          f"{address}/good/"]):
         data_error(lambda: data.load("fashion_mnist", path, download=False), "lacks", *data.FASHION)
         for place in (path, path / "fashion-mnist"):
@@ -418,7 +422,7 @@ def test_data_fashion():
         assert len(Mirror.requests) == 8
         put(path / "fashion-mnist", **{data.FASHION[1]: blobs[data.FASHION[3]]})
         data_error(lambda: data.load("fashion_mnist", path), data.FASHION[1], "Remove it")
-        data.FILES[data.FASHION[1]] = files[data.FASHION[3]]
+        download.FILES[data.FASHION[1]] = files[data.FASHION[3]]
         data_error(lambda: data.load("fashion_mnist", path), "does not fit")
 
 
@@ -426,22 +430,22 @@ def test_data_home():
     """~ is the home folder wherever a path is taken; an unknown user's is refused."""
     with folder() as home, mock.patch.dict(os.environ, HOME=str(home), USERPROFILE=str(home)):
         put(home, text=b"ab" * 9, file=b"")
-        assert len(data.load_text("~/text").train) == 16
+        assert len(texts.load_text("~/text").train) == 16
         for call in (lambda path: data.load("cifar10", path, download=False),
-                     lambda path: data.load_text("wikitext2", path, download=False),
-                     lambda path: data.open_images(path, "train"),
-                     lambda path: data.pack(path, home, 8)):
+                     lambda path: texts.load_text("wikitext2", path, download=False),
+                     lambda path: pictures.open_images(path, "train"),
+                     lambda path: pictures.pack(path, home, 8)):
             data_error(lambda: call("~/file"), home / "file")
             data_error(lambda: call("~who?/x"), "~who?/x", "in full")
-        data_error(lambda: data.load_text("~who?/text"), "~who?/text", "in full")
-        data_error(lambda: data.pack(home, "~who?/x", 8), "~who?/x", "in full")
+        data_error(lambda: texts.load_text("~who?/text"), "~who?/text", "in full")
+        data_error(lambda: pictures.pack(home, "~who?/x", 8), "~who?/x", "in full")
 
 
 def test_data_command_line():
     """`python data.py`: exit status 2 with a sentence; Ctrl-C keeps what has arrived."""
     script = Path(data.__file__)
-    code = ("import sys, data; data.MIRRORS['cifar100'] = [sys.argv.pop()]; "
-            "data.FILES['a'] = (None, 'md5:0'); sys.exit(data.main())")
+    code = ("import sys, data, download; download.MIRRORS['cifar100'] = [sys.argv.pop()]; "
+            "download.FILES['a'] = (None, 'md5:0'); sys.exit(data.main())")
     with folder() as path, mirror({"a": bytes(5000)}) as address:
         slow = subprocess.Popen([sys.executable, "-c", code, "cifar100", "--data-dir", path,
                                  f"{address}/slow/a"], stderr=subprocess.PIPE, text=True,
@@ -472,16 +476,16 @@ def needs_pillow():
 @contextlib.contextmanager
 def without_pillow():
     """As if Pillow were not installed."""
-    data.pillow.cache_clear()
+    augment.pillow.cache_clear()
     with mock.patch.dict(sys.modules, PIL=None):
         yield
-    data.pillow.cache_clear()
+    augment.pillow.cache_clear()
 
 
 def smooth_image(seed, height, width):
     """An (H, W, 3) uint8 array with structure at all scales."""
-    return data.random_state(seed).integers(0, 2, (height, width, 3)).cumsum(0).cumsum(1).astype(
-        np.uint8) ^ data.random_state(seed, 1).integers(0, 32, (height, width, 3), np.uint8)
+    return augment.random_state(seed).integers(0, 2, (height, width, 3)).cumsum(0).cumsum(1).astype(
+        np.uint8) ^ augment.random_state(seed, 1).integers(0, 32, (height, width, 3), np.uint8)
 
 
 def class_folders(root, train=(5, 4), val=(2, 2), suffix=".jpg"):
@@ -501,7 +505,7 @@ def epoch_of(source, transform, batch_size=4, epoch=0, skip=0, **how):
     how = {"seed": 3, "train": True, **how}
     with warnings.catch_warnings():  # torch finds three workers many for a small machine
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        loader = data.ImageLoader(source, transform, batch_size, **how)
+        loader = pictures.ImageLoader(source, transform, batch_size, **how)
         loader.set_epoch(epoch, skip)
         return list(loader)
 
@@ -521,7 +525,7 @@ def test_images_order():
                      "37 476 186 31 165 223 295 214", "158 476 186 123 165 223 262 214")}
     for epoch, ranks in published.items():
         for rank, first in enumerate(ranks):
-            order = data.training_order(512, 0, epoch, rank, 4, 3)[0]
+            order = pictures.training_order(512, 0, epoch, rank, 4, 3)[0]
             assert len(order) == 128 and order[:8].tolist() == list(map(int, first.split()))
     for count, world, repeats in ((300, 4, 3), (1000, 3, 2), (256, 8, 4), (600, 5, 2.5)):
         perm = torch.randperm(count, generator=torch.Generator().manual_seed(7 + 2)).tolist()
@@ -529,15 +533,15 @@ def test_images_order():
         entries += entries[:-len(entries) % world]
         for rank in range(world):
             want = entries[rank::world][:count // 256 * 256 // world]
-            assert data.training_order(count, 7, 2, rank, world, repeats)[0].tolist() == want
-    ranks = [data.training_order(10, 0, 5, rank, 4) for rank in range(4)]
+            assert pictures.training_order(count, 7, 2, rank, world, repeats)[0].tolist() == want
+    ranks = [pictures.training_order(10, 0, 5, rank, 4) for rank in range(4)]
     assert [len(indices) for indices, _ in ranks] == [3] * 4  # two images come twice
     assert set(np.concatenate([indices for indices, _ in ranks])) == set(range(10))
     assert sorted(np.concatenate([positions for _, positions in ranks])) == list(range(12))
 
     def lengths(count, size, **how):
-        source = data.dummy_images(count, 4, 3)
-        loader = data.ImageLoader(source, None, size, seed=0, **{"train": True, **how})
+        source = pictures.dummy_images(count, 4, 3)
+        loader = pictures.ImageLoader(source, None, size, seed=0, **{"train": True, **how})
         assert sum(1 for _ in loader.plan) == len(loader)
         return [len(indices) for indices, _, _ in loader.plan]
 
@@ -555,14 +559,14 @@ def test_images_random_state():
     """Numbers of another length are another stream; numpy alone takes missing ones for zeros."""
     streams = [(3,), (3, 0), (3, 0, 0), (3, 0, 0, 0), (0, 3), (3, 2), (3, 1, 2), (3, 1, 2, 0),
                (3, 1, 2, 4), (3, 1, 2, 3)]
-    first = {int(data.random_state(*numbers).integers(2 ** 62)) for numbers in streams}
+    first = {int(augment.random_state(*numbers).integers(2 ** 62)) for numbers in streams}
     assert len(first) == len(streams), first
 
 
 def test_images_loader():
     """The same tensors from 0, 1 and 3 workers and after a resume; nothing is drawn elsewhere."""
-    source = data.dummy_images(50, 24, 7, seed=1)
-    transform = data.train_transform("timm", 16)
+    source = pictures.dummy_images(50, 24, 7, seed=1)
+    transform = augment.train_transform("timm", 16)
     how = {"rank": 1, "world": 2, "recipe": "timm"}
     before = torch.random.get_rng_state()
     for epoch in (0, 4):
@@ -573,7 +577,7 @@ def test_images_loader():
     assert torch.equal(before, torch.random.get_rng_state())
     assert len(want) == 6 and want[0][0].shape == (4, 3, 16, 16)
     assert want[0][0].dtype == torch.uint8 and want[0][1].dtype == torch.int64
-    loader = data.ImageLoader(source, transform, 4, seed=3, train=True, workers=2, **how)
+    loader = pictures.ImageLoader(source, transform, 4, seed=3, train=True, workers=2, **how)
     for _ in loader:  # leave an epoch early, then have another of the same workers
         break
     loader.set_epoch(4)
@@ -584,7 +588,7 @@ def test_images_loader():
     for whole, left, right in zip(epoch_of(source, transform, 10, epoch=4), *parts):
         assert torch.equal(whole[0][0::2], left[0]) and torch.equal(whole[0][1::2], right[0])
     # evaluation: everything once, in order
-    fixed = data.eval_transform(16, 16)
+    fixed = augment.eval_transform(16, 16)
     shards = [epoch_of(source, fixed, 8, train=False, rank=rank, world=3) for rank in range(3)]
     labels = np.empty(50, np.int64)
     for rank, shard in enumerate(shards):
@@ -594,8 +598,8 @@ def test_images_loader():
 
 def test_images_crop():
     """Share of the area, ratio and place of a random crop; what happens when none fits."""
-    rng = data.random_state(0)
-    boxes = np.array([data.random_crop(400, 400, (0.1, 0.4), (3 / 4, 4 / 3), rng)
+    rng = augment.random_state(0)
+    boxes = np.array([augment.random_crop(400, 400, (0.1, 0.4), (3 / 4, 4 / 3), rng)
                       for _ in range(4000)])
     top, left, h, w = boxes.T
     area, aspect = h * w / 400 ** 2, np.log(w / h)
@@ -605,12 +609,12 @@ def test_images_crop():
     assert abs(aspect.mean()) < 0.01 and area.min() > 0.098 and area.max() < 0.402
     close("crop: rows uniform", (top / (400 - h)).mean(), 0.5, 3e-2)
     close("crop: columns uniform", (left / (400 - w)).var(), 1 / 12, 5e-2)
-    corners = {data.random_crop(3, 3, (0.4, 0.5), (1, 1), rng)[:2] for _ in range(200)}
+    corners = {augment.random_crop(3, 3, (0.4, 0.5), (1, 1), rng)[:2] for _ in range(200)}
     assert corners == {(i, j) for i in range(2) for j in range(2)}
-    assert data.random_crop(33, 500, (1, 1), (3 / 4, 4 / 3), rng) == (0, 228, 33, 44)
-    assert data.random_crop(500, 33, (1, 1), (3 / 4, 4 / 3), rng) == (228, 0, 44, 33)
-    assert data.random_crop(1, 1, (0.08, 1), (3 / 4, 4 / 3), rng) == (0, 0, 1, 1)
-    assert data.random_crop(8, 8, (1, 1), (50, 90), rng) == (3, 0, 1, 8)     # not of no height
+    assert augment.random_crop(33, 500, (1, 1), (3 / 4, 4 / 3), rng) == (0, 228, 33, 44)
+    assert augment.random_crop(500, 33, (1, 1), (3 / 4, 4 / 3), rng) == (228, 0, 44, 33)
+    assert augment.random_crop(1, 1, (0.08, 1), (3 / 4, 4 / 3), rng) == (0, 0, 1, 1)
+    assert augment.random_crop(8, 8, (1, 1), (50, 90), rng) == (3, 0, 1, 8)     # not of no height
 
 
 def filtered(image, size, interpolation):
@@ -638,32 +642,32 @@ def test_images_resize():
     for image in kinds:
         for box, size in (((10, 20, 70, 90), (40, 40)), ((0, 0, 50, 30), (64, 64)),
                           ((0, 0, 90, 130), (90, 130)), ((3, 5, 1, 2), (24, 24))):
-            for interpolation in data.INTERPOLATIONS:
-                got = data.resize(image, box, size, interpolation).permute(1, 2, 0)
+            for interpolation in augment.INTERPOLATIONS:
+                got = augment.resize(image, box, size, interpolation).permute(1, 2, 0)
                 top, left, h, w = box
                 want = filtered(array[top:top + h, left:left + w].astype(float), size,
                                 interpolation)
                 worst = np.abs(got.double().numpy() - want).max()
                 assert worst < 1.8, (interpolation, box, size, worst)
         # long side floor(50·130/90) = 72; offsets round(5) and round(16); round(2.5) = 2
-        got = data.eval_transform(50, 40)(image)
-        whole = data.resize(image, (0, 0, 90, 130), (50, 72), "bilinear")
+        got = augment.eval_transform(50, 40)(image)
+        whole = augment.resize(image, (0, 0, 90, 130), (50, 72), "bilinear")
         assert torch.equal(got, whole[:, 5:45, 16:56])
-        whole = data.resize(image, (0, 0, 90, 130), (45, 65), "bicubic")
-        got = data.eval_transform(45, 40, "bicubic")(image)
+        whole = augment.resize(image, (0, 0, 90, 130), (45, 65), "bicubic")
+        got = augment.eval_transform(45, 40, "bicubic")(image)
         assert torch.equal(got, whole[:, 2:42, 12:52])
         for seed in range(6):
-            plain, flipped = (data.train_transform("torchvision", 24, hflip=p)(
-                image, data.random_state(seed)) for p in (0, 1))
+            plain, flipped = (augment.train_transform("torchvision", 24, hflip=p)(
+                image, augment.random_state(seed)) for p in (0, 1))
             assert torch.equal(plain.flip(2), flipped) and plain.is_contiguous()
-            assert torch.equal(plain, data.train_transform("torchvision", 24, hflip=0)(
-                array, data.random_state(seed)))
+            assert torch.equal(plain, augment.train_transform("torchvision", 24, hflip=0)(
+                array, augment.random_state(seed)))
     with contextlib.suppress(IndexError):
         want = kinds[1].resize((60, 60), Image.Resampling.BILINEAR)
-        got = data.resize(kinds[1], (0, 0, 90, 130), (60, 60), "bilinear").permute(1, 2, 0)
+        got = augment.resize(kinds[1], (0, 0, 90, 130), (60, 60), "bilinear").permute(1, 2, 0)
         close("as Pillow does it, of 255", got.double() / 255,
               np.asarray(want).astype(float) / 255, 2 / 255)
-    data_error(lambda: data.eval_transform(200, 224), "224", "200")
+    data_error(lambda: augment.eval_transform(200, 224), "224", "200")
 
 
 def test_images_finish():
@@ -673,11 +677,11 @@ def test_images_finish():
     labels = torch.arange(8)
 
     def make(**how):
-        return data.Finish(mean, std, 10, **how)
+        return augment.Finish(mean, std, 10, **how)
 
     plain = make()
     x, target = plain(images, labels, (1, 2))
-    assert target is labels and torch.equal(x, data.normalize(images, mean, std))
+    assert target is labels and torch.equal(x, augment.normalize(images, mean, std))
     assert torch.equal(x, plain.eval(images))
     for recipe in ("torchvision", "timm"):
         partner = (lambda t: t.flip(0)) if recipe == "timm" else (lambda t: t.roll(1, 0))
@@ -694,14 +698,14 @@ def test_images_finish():
         want = images.double() * share + partner(images).double() * (1 - share)
         if recipe == "timm":
             want = want.round()
-        close(f"{recipe}: mixup", mixed.double(), data.normalize(want, mean, std, torch.float64),
+        close(f"{recipe}: mixup", mixed.double(), augment.normalize(want, mean, std, torch.float64),
               1e-5)
         # the order: torchvision's zeros are mixed with the neighbour, timm's noise is on top
         both = make(recipe=recipe, mixup_alpha=0.8, erase_prob=0.6, erase_mode="const")
         x, _ = both(images, labels, (3,))
         erased = (x == 0).all(1).flatten(1).any(1)
         assert erased.sum() >= 2 if recipe == "timm" else True
-        rng = data.random_state(3)
+        rng = augment.random_state(3)
         both.draw_mix(20, 30, rng)
         if recipe == "timm":
             want = both.erase(mixed.clone(), rng)
@@ -728,10 +732,10 @@ def test_images_mixing_draws():
         def integers(self, n):
             return 0
 
-    both = data.Finish((0.1,) * 3, (0.4,) * 3, 10, mixup_alpha=0.2, cutmix_alpha=1.0)
+    both = augment.Finish((0.1,) * 3, (0.4,) * 3, 10, mixup_alpha=0.2, cutmix_alpha=1.0)
     boxes = [both.draw_mix(8, 8, Recorder())[1] is not None for _ in range(2)]
     assert boxes == [True, False] and Recorder.alphas == [(1.0, 1.0), (0.2, 0.2)]
-    chosen = [both.draw_mix(8, 8, data.random_state(i))[1] is not None for i in range(2000)]
+    chosen = [both.draw_mix(8, 8, augment.random_state(i))[1] is not None for i in range(2000)]
     close("CutMix's share of the batches", np.mean(chosen), 0.5, 6e-2)
 
 
@@ -740,7 +744,7 @@ def test_images_smoothing():
     logits, labels = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.arange(6)
     images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     for recipe in ("torchvision", "timm"):
-        smoothed, sharp = (data.Finish((0,) * 3, (1,) * 3, 10, recipe=recipe, mixup_alpha=0.8,
+        smoothed, sharp = (augment.Finish((0,) * 3, (1,) * 3, 10, recipe=recipe, mixup_alpha=0.8,
                                        smoothing=s) for s in (0.1, 0.0))
         soft, hard = (finish(images, labels, (5,))[1] for finish in (smoothed, sharp))
         close("target sums to 1", soft.sum(1), torch.ones(6), 1e-6)
@@ -755,9 +759,9 @@ def test_images_erasing():
     x = torch.full((3000, 3, 40, 50), 9.0)
     for recipe, mode, limit in (("torchvision", "const", 0.33), ("timm", "pixel", 1 / 3),
                                 ("timm", "rand", 1 / 3)):
-        finish = data.Finish((0,) * 3, (1,) * 3, 2, recipe=recipe, erase_prob=0.25,
+        finish = augment.Finish((0,) * 3, (1,) * 3, 2, recipe=recipe, erase_prob=0.25,
                              erase_mode=mode)
-        got = finish.erase(x.clone(), data.random_state(1))
+        got = finish.erase(x.clone(), augment.random_state(1))
         gone = (got != 9).any(1)
         close(f"{mode}: rate", gone.flatten(1).any(1).double().mean(), 0.25, 6e-2)
         boxes = gone[gone.flatten(1).any(1)]
@@ -777,7 +781,7 @@ def test_images_erasing():
             values = [got[i, 0][gone[i]].unique().numel() for i in gone.flatten(1).any(1)
                       .nonzero().flatten()[:20]]
             assert max(values) == 1 if mode == "rand" else min(values) > 10
-        assert torch.equal(got, finish.erase(x.clone(), data.random_state(1)))
+        assert torch.equal(got, finish.erase(x.clone(), augment.random_state(1)))
 
 
 def affine(image, matrix, fill):
@@ -857,16 +861,16 @@ def test_images_operations():
               "posterize": (-4, *range(9), 12), "solarize": (0, 26, 127.5, 255, 256),
               "solarize_add": (0, 99, 128), "rotate": (-135, -27, 4.5, 30), "shear_x": slopes,
               "shear_y": slopes, "translate_x": pixels, "translate_y": pixels}
-    assert set(values) == set(data.TRIVIAL_AUGMENT) | set(data.RAND_AUGMENT)
+    assert set(values) == set(augment.TRIVIAL_AUGMENT) | set(augment.RAND_AUGMENT)
     flat = np.full((8, 9, 3), (7, 7, 200), np.uint8)
     two = flat.copy()
     two[:4] = 250
     for name, some in values.items():
         for array in (smooth_image(3, 50, 40), smooth_image(4, 40, 64) // 3 + 20, flat, two):
             for value in some:
-                got = np.asarray(data.operate(Image.fromarray(array), name, value, "bilinear",
-                                              data.MEAN_COLOUR))
-                want = by_formula(name, value, array, data.MEAN_COLOUR)
+                got = np.asarray(augment.operate(Image.fromarray(array), name, value, "bilinear",
+                                              augment.MEAN_COLOUR))
+                want = by_formula(name, value, array, augment.MEAN_COLOUR)
                 # Pillow adds up coordinates along a row: a few fall on the other side of a pixel's
                 # edge, or of an integer's when levels are cut off
                 inexact = name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
@@ -876,10 +880,10 @@ def test_images_operations():
     # the colour jitter, which needs no Pillow, is made of the same operations
     array, tensor = smooth_image(5, 30, 30), torch.from_numpy(smooth_image(5, 30, 30))
     for seed in range(8):
-        rng, image = data.random_state(seed), Image.fromarray(array)
-        got = data.jitter(tensor.permute(2, 0, 1), 0.4, data.random_state(seed))
+        rng, image = augment.random_state(seed), Image.fromarray(array)
+        got = augment.jitter(tensor.permute(2, 0, 1), 0.4, augment.random_state(seed))
         for k in rng.permutation(3):
-            image = data.operate(image, ("brightness", "contrast", "color")[k],
+            image = augment.operate(image, ("brightness", "contrast", "color")[k],
                                  rng.uniform(0.6, 1.4))
         difference = np.abs(np.asarray(image).astype(int) - got.permute(1, 2, 0).numpy())
         assert difference.max() <= 1 and (difference > 0).mean() < 1e-3, seed
@@ -893,24 +897,24 @@ def drawn(policy, count, size=(200, 100)):
         log[-1].append((name, value, interpolation, fill))
         return image
 
-    with mock.patch.object(data, "operate", record):
+    with mock.patch.object(augment, "operate", record):
         for i in range(count):
             log.append([])
-            policy(image, data.random_state(11, i))
+            policy(image, augment.random_state(11, i))
     return log
 
 
 def test_images_policies():
     """What TrivialAugment and RandAugment draw: operations, strengths, signs, filters."""
-    log = drawn(data.trivial_augment, 4000)
+    log = drawn(augment.trivial_augment, 4000)
     assert all(len(entry) == 1 and entry[0][2:] == ("bilinear", (0, 0, 0)) for entry in log)
     seen = {name: {entry[0][1] for entry in log if entry[0][0] == name}
-            for name in data.TRIVIAL_AUGMENT}
+            for name in augment.TRIVIAL_AUGMENT}
     rates = [np.mean([entry[0][0] == name for entry in log]) for name in seen]
     close("TrivialAugment: 14 operations alike", rates, [1 / 14] * 14, 0.25)
     assert seen["identity"] == seen["autocontrast"] == seen["equalize"] == {None}
     assert seen["posterize"] == {8, 7, 6, 5, 4, 3, 2}
-    bits = [data.trivial_value("posterize", i, 1) for i in (0, 2, 3, 7, 8, 12, 13, 22, 23, 27, 28)]
+    bits = [augment.trivial_value("posterize", i, 1) for i in (0, 2, 3, 7, 8, 12, 13, 22, 23, 27, 28)]
     assert bits == [8, 8, 7, 7, 6, 6, 5, 4, 3, 3, 2]
     for name, low, high in (("shear_x", -0.99, 0.99), ("shear_y", -0.99, 0.99),
                             ("translate_x", -32, 32), ("translate_y", -32, 32),
@@ -921,12 +925,12 @@ def test_images_policies():
               0.07)  # not each of 61 strengths must have come
     assert all(isinstance(pixels, int) for pixels in seen["translate_x"])
 
-    policy = data.RandAugment("rand-m9-mstd0.5-inc1")
+    policy = augment.RandAugment("rand-m9-mstd0.5-inc1")
     log = drawn(policy, 4000)
     counts = np.bincount([len(entry) for entry in log], minlength=3) / 4000
     close("RandAugment: images with 0, 1, 2 operations", counts, [0.25, 0.5, 0.25], 0.06)
     calls = [call for entry in log for call in entry]
-    rates = [np.mean([call[0] == name for call in calls]) for name in data.RAND_AUGMENT]
+    rates = [np.mean([call[0] == name for call in calls]) for name in augment.RAND_AUGMENT]
     close("RandAugment: 15 operations alike", rates, [1 / 15] * 15, 0.25)
     close("RandAugment: half bicubic", np.mean([c[2] == "bicubic" for c in calls]), 0.5, 0.06)
     assert {call[3] for call in calls} == {(124, 116, 104)}
@@ -934,8 +938,8 @@ def test_images_policies():
     close("RandAugment: mean of |degrees|", abs(degrees).mean(), 27, 0.02)
     close("RandAugment: signs", (degrees > 0).mean(), 0.5, 0.2)
     assert abs(degrees).max() == 30  # a magnitude above 10 is 10
-    assert drawn(data.RandAugment("rand-m9", "bilinear"), 40) != drawn(policy, 40)
-    at9 = {name: policy.value(name, 0.9, 1, (200, 100)) for name in data.RAND_AUGMENT}
+    assert drawn(augment.RandAugment("rand-m9", "bilinear"), 40) != drawn(policy, 40)
+    at9 = {name: policy.value(name, 0.9, 1, (200, 100)) for name in augment.RAND_AUGMENT}
     want = {"rotate": 27, "posterize": 1, "solarize": 26, "solarize_add": 99, "color": 1.81,
             "contrast": 1.81, "brightness": 1.81, "sharpness": 1.81, "shear_x": 0.27,
             "shear_y": 0.27, "translate_x": 81, "translate_y": 40.5}
@@ -947,35 +951,35 @@ def test_images_policies():
 
 def test_images_policy_grammar():
     """The words of a policy, in any order, and what is wrong with the others."""
-    policy = data.RandAugment("rand-n3-p1.0-m7-mmax8-mstd101")
+    policy = augment.RandAugment("rand-n3-p1.0-m7-mmax8-mstd101")
     assert (policy.layers, policy.prob, policy.magnitude, policy.increasing) == (3, 1.0, 7, False)
     log = drawn(policy, 600)
     assert all(len(entry) == 3 for entry in log)
     degrees = [abs(call[1]) for entry in log for call in entry if call[0] == "rotate"]
     close("mstd above 100: uniform from 0 to m", np.mean(degrees), 10.5, 0.15)
-    assert max(degrees) <= 21 and data.RandAugment("rand-inc0").increasing
-    assert data.RandAugment("rand").magnitude == 10
+    assert max(degrees) <= 21 and augment.RandAugment("rand-inc0").increasing
+    assert augment.RandAugment("rand").magnitude == 10
     plain = [policy.value(name, 0.9, -1, (1, 1)) for name in ("posterize", "solarize", "color")]
     close("not increasing: bits, threshold, factor", plain, [3, 230, 1.72], 1e-12)
     for text, word in (("rand-m9-x1", "x1"), ("rand-m", "'m'"), ("rand-m9.5", "m9.5"),
                        ("rand-w0", "w0"), ("rand--m9", "''"), ("rand-p1.2.3", "p1.2.3"),
                        ("rand-n0", "at least 1"), ("rand-p2", "at most 1")):
-        data_error(lambda: data.RandAugment(text), text, word)
+        data_error(lambda: augment.RandAugment(text), text, word)
     needs_pillow()
-    print("    " + data_error(lambda: data.train_transform("timm", 8, policy="rand-m9-x1"), "x1"))
-    print("    " + data_error(lambda: data.train_transform("timm", 8, policy="augmix"), "augmix",
+    print("    " + data_error(lambda: augment.train_transform("timm", 8, policy="rand-m9-x1"), "x1"))
+    print("    " + data_error(lambda: augment.train_transform("timm", 8, policy="augmix"), "augmix",
                               "ta_wide"))
     Image = needs_pillow()
     image = Image.fromarray(smooth_image(1, 30, 30))
-    black = data.operate(image, "posterize", 0)
+    black = augment.operate(image, "posterize", 0)
     assert np.asarray(black).max() == 0
     for policy in ("rand-m10-p1-n3-inc1", "rand-m3-p1", "ta_wide"):
-        transform = pickle.loads(pickle.dumps(data.train_transform("timm", 20, policy=policy)))
+        transform = pickle.loads(pickle.dumps(augment.train_transform("timm", 20, policy=policy)))
         for i in range(20):
-            assert transform(image, data.random_state(i)).shape == (3, 20, 20)
-            assert torch.equal(transform(image, data.random_state(i)),
-                               transform(image, data.random_state(i)))
-        assert transform(smooth_image(1, 30, 30), data.random_state(1)).dtype == torch.uint8
+            assert transform(image, augment.random_state(i)).shape == (3, 20, 20)
+            assert torch.equal(transform(image, augment.random_state(i)),
+                               transform(image, augment.random_state(i)))
+        assert transform(smooth_image(1, 30, 30), augment.random_state(1)).dtype == torch.uint8
 
 
 def test_images_folders():
@@ -983,7 +987,7 @@ def test_images_folders():
     Image = needs_pillow()
     with folder() as path, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        data.pillow.cache_clear()
+        augment.pillow.cache_clear()
         class_folders(path, (2, 1))
         cat = path / "train" / "cat"
         array = smooth_image(0, 30, 40)
@@ -1001,11 +1005,11 @@ def test_images_folders():
         for hidden in ("train/.cache/x.jpg", "train/cat/.h.jpg", "train/cat/notes.txt"):
             (path / hidden).parent.mkdir(exist_ok=True)
             (path / hidden).write_text("not an image")
-        train = data.open_images(path, "train")
+        train = pictures.open_images(path, "train")
         for rank, quiet in (("0", None), ("1", True)):
-            with mock.patch.dict(os.environ, RANK=rank), mock.patch.object(data, "tqdm") as bar:
+            with mock.patch.dict(os.environ, RANK=rank), mock.patch.object(pictures, "tqdm") as bar:
                 bar.side_effect = lambda names, *_, **how: names
-                data.open_images(path, "train")
+                pictures.open_images(path, "train")
             assert bar.call_args[1]["disable"] is quiet, (rank, bar.call_args)
         assert train.classes == ["cat", "dog"] and train.kind == "folder"
         assert [os.fsdecode(name) for name in train.names] == [
@@ -1020,25 +1024,25 @@ def test_images_folders():
         assert not caught, caught[0].message
         close("CMYK", np.asarray(images[0]).astype(float), array.astype(float), 0.4)
         (path / "val").rename(path / "validation")
-        val = data.open_images(path, "val", train.classes)
+        val = pictures.open_images(path, "val", train.classes)
         assert len(val) == 4 and "validation" in val.where
-        want = epoch_of(train, data.train_transform("torchvision", 12, policy="ta_wide"))
-        got = epoch_of(train, data.train_transform("torchvision", 12, policy="ta_wide"), workers=2)
+        want = epoch_of(train, augment.train_transform("torchvision", 12, policy="ta_wide"))
+        got = epoch_of(train, augment.train_transform("torchvision", 12, policy="ta_wide"), workers=2)
         assert same(want, got)
 
 
 def test_images_fewer():
     """Evenly spaced in a sorted source: classes keep their shares, and what is read is theirs."""
-    source = data.dummy_images(90, 4, 5)
+    source = pictures.dummy_images(90, 4, 5)
     source.labels.sort()
     for count in (1, 7, 45, 89, 90):
-        fewer = data.FewerImages(source, count)
+        fewer = pictures.FewerImages(source, count)
         assert len(fewer) == count == len(set(fewer.indices)) and fewer.classes == source.classes
         share = np.bincount(source.labels) * count / 90
         assert (abs(np.bincount(fewer.labels, minlength=5) - share) < 1).all(), (count, share)
         for i, j in enumerate(fewer.indices):
             assert (fewer.read(i) == source.read(j)).all() and fewer.labels[i] == source.labels[j]
-    print("    " + data_error(lambda: data.FewerImages(source, 91), "91", "90 training images"))
+    print("    " + data_error(lambda: pictures.FewerImages(source, 91), "91", "90 training images"))
 
 
 def test_images_bad_folders():
@@ -1051,21 +1055,21 @@ def test_images_bad_folders():
         print(f"    {message}")
 
     with folder() as path:
-        fails(lambda: data.open_images(path / "nowhere", "train"), "nowhere", "not a folder")
-        fails(lambda: data.open_images(path, "train"), "no folder 'train'", path)
+        fails(lambda: pictures.open_images(path / "nowhere", "train"), "nowhere", "not a folder")
+        fails(lambda: pictures.open_images(path, "train"), "no folder 'train'", path)
         class_folders(path)
-        train = data.open_images(path, "train")
-        fails(lambda: data.open_images(path / "train", "train"), "no folder 'train'")
-        fails(lambda: data.open_images(path, "test"), "no folder 'test'")
+        train = pictures.open_images(path, "train")
+        fails(lambda: pictures.open_images(path / "train", "train"), "no folder 'train'")
+        fails(lambda: pictures.open_images(path, "test"), "no folder 'test'")
         (path / "val").rename(path / "away")
-        fails(lambda: data.open_images(path, "val", train.classes), "no folder 'val'")
+        fails(lambda: pictures.open_images(path, "val", train.classes), "no folder 'val'")
         (path / "away").rename(path / "val")
         (path / "val" / "dog").rename(path / "val" / "bird")
-        fails(lambda: data.open_images(path, "val", train.classes), "'bird'", "'dog'")
+        fails(lambda: pictures.open_images(path, "val", train.classes), "'bird'", "'dog'")
         (path / "train" / "eel").mkdir()
-        fails(lambda: data.open_images(path, "train"), "'eel'", "train")
+        fails(lambda: pictures.open_images(path, "train"), "'eel'", "train")
         (path / "flat" / "train").mkdir(parents=True)
-        fails(lambda: data.open_images(path / "flat", "train"), "no class folders")
+        fails(lambda: pictures.open_images(path / "flat", "train"), "no class folders")
         good = (path / "train" / "cat" / "cat_0.jpg").read_bytes()
         (path / "train" / "eel").rmdir()
         for i, (content, words) in enumerate(((b"hello", "not an image"), (b"", "not an image"),
@@ -1073,8 +1077,8 @@ def test_images_bad_folders():
                                               (None, "No such file"))):
             bad = path / "train" / "dog" / f"bad{i}.jpg"
             bad.symlink_to(path / "gone") if content is None else bad.write_bytes(content)
-            source = data.open_images(path, "train")
-            transform = data.train_transform("torchvision", 8)
+            source = pictures.open_images(path, "train")
+            transform = augment.train_transform("torchvision", 8)
             fails(lambda: epoch_of(source, transform), bad, words)
             if content == b"hello":
                 fails(lambda: epoch_of(source, transform, workers=2), bad, words)
@@ -1082,7 +1086,7 @@ def test_images_bad_folders():
         huge = path / "train" / "dog" / "huge.png"
         Image.new("L", (64, 64)).save(huge)
         with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 100):
-            fails(lambda: data.read_image(huge), huge, "exceeds limit")
+            fails(lambda: pictures.read_image(huge), huge, "exceeds limit")
 
 
 def test_images_without_pillow():
@@ -1091,29 +1095,29 @@ def test_images_without_pillow():
         packed = []
         try:
             class_folders(path / "files")
-            data.pack(path / "files", path / "packed", 16)
-            packed = [data.open_images(path / "packed", "train")]
+            pictures.pack(path / "files", path / "packed", 16)
+            packed = [pictures.open_images(path / "packed", "train")]
         except AssertionError:
             raise
         except Exception as reason:  # without Pillow there is nothing to pack from
             assert "Pillow" in str(reason)
         (path / "files" / "train" / "cat").mkdir(parents=True, exist_ok=True)
         with without_pillow():
-            for source in (data.dummy_images(9, 16, 2), *packed):
+            for source in (pictures.dummy_images(9, 16, 2), *packed):
                 for recipe in ("torchvision", "timm"):
-                    transform = data.train_transform(recipe, 12)
+                    transform = augment.train_transform(recipe, 12)
                     assert len(epoch_of(source, transform, recipe=recipe)) >= 2
-                assert len(epoch_of(source, data.eval_transform(16, 12), train=False)) == 3
-            for call in (lambda: data.open_images(path / "files", "train"),
-                         lambda: data.train_transform("timm", 8, policy="ta_wide"),
-                         lambda: data.train_transform("timm", 8, policy="rand-m9")):
+                assert len(epoch_of(source, augment.eval_transform(16, 12), train=False)) == 3
+            for call in (lambda: pictures.open_images(path / "files", "train"),
+                         lambda: augment.train_transform("timm", 8, policy="ta_wide"),
+                         lambda: augment.train_transform("timm", 8, policy="rand-m9")):
                 print("    " + data_error(call, "pip install pillow"))
 
 
 def test_images_pack():
     """A packed split is its images, each shrunk and centred; other packings are kept from harm."""
     needs_pillow()
-    script = Path(data.__file__)
+    script = Path(pictures.__file__)
 
     def run(*words):
         return subprocess.run([sys.executable, script, "pack", *map(str, words)], text=True,
@@ -1123,42 +1127,42 @@ def test_images_pack():
         files, packed = class_folders(path / "files"), path / "packed"
         first = run(files, packed, "--size", 24, "--workers", 2)
         assert first.returncode == 0 and "9 images of 24x24, 2 classes" in first.stdout, first
-        shrink = data.eval_transform(24, 24, "bicubic")
+        shrink = augment.eval_transform(24, 24, "bicubic")
         for split in ("train", "val"):
-            one, two = data.open_images(files, split), data.open_images(packed, split)
+            one, two = pictures.open_images(files, split), pictures.open_images(packed, split)
             assert two.kind == "packed" and one.classes == two.classes
             assert (one.labels == two.labels).all()
             for i in range(len(one)):
                 assert torch.equal(shrink(one.read(i)), shrink(two.read(i)))
                 assert (shrink(one.read(i)).permute(1, 2, 0).numpy() == two.read(i)).all()
-        transform = data.train_transform("torchvision", 16)
-        train = data.open_images(packed, "train")
+        transform = augment.train_transform("torchvision", 16)
+        train = pictures.open_images(packed, "train")
         assert same(epoch_of(train, transform), epoch_of(train, transform, workers=2))
         assert len(pickle.dumps(train)) < 2000  # no worker is sent the images
-        assert data.open_images(packed, "validation", train.classes).classes == train.classes
-        data_error(lambda: data.open_images(packed, "val", ["cat", "cow"]), "'cow'", "'dog'")
+        assert pictures.open_images(packed, "validation", train.classes).classes == train.classes
+        data_error(lambda: pictures.open_images(packed, "val", ["cat", "cow"]), "'cow'", "'dog'")
 
         def refused(call, *words):
             print("    " + data_error(call, *words))
 
         # again: nothing to do; another size or other images: refused; interrupted: begun anew
         stamp = (packed / "train.images.npy").stat().st_mtime_ns
-        data.pack(files, packed, 24)
+        pictures.pack(files, packed, 24)
         assert (packed / "train.images.npy").stat().st_mtime_ns == stamp
-        refused(lambda: data.pack(files, packed, 16), "another packing", "24 pixels")
-        refused(lambda: data.pack(packed, path / "twice", 16), "packed already")
-        refused(lambda: data.pack(files, path / "big", 10 ** 7), "GB")
-        refused(lambda: data.pack(files, script, 24), "cannot write", script)
+        refused(lambda: pictures.pack(files, packed, 16), "another packing", "24 pixels")
+        refused(lambda: pictures.pack(packed, path / "twice", 16), "packed already")
+        refused(lambda: pictures.pack(files, path / "big", 10 ** 7), "GB")
+        refused(lambda: pictures.pack(files, script, 24), "cannot write", script)
         whole = (packed / "train.images.npy").read_bytes()
         (packed / "train.packed.json").unlink()
         (packed / "train.images.npy").rename(packed / "train.images.npy.part")
-        refused(lambda: data.open_images(packed, "train"), "interrupted")
-        data.pack(files, packed, 24)
+        refused(lambda: pictures.open_images(packed, "train"), "interrupted")
+        pictures.pack(files, packed, 24)
         assert (packed / "train.images.npy").read_bytes() == whole
         (packed / "train.images.npy").write_bytes(whole[:-1])
-        refused(lambda: data.open_images(packed, "train"), "truncated", packed)
+        refused(lambda: pictures.open_images(packed, "train"), "truncated", packed)
         (packed / "train.images.npy").unlink()
-        refused(lambda: data.open_images(packed, "train"), "missing", "train.images.npy")
+        refused(lambda: pictures.open_images(packed, "train"), "missing", "train.images.npy")
         (files / "train" / "dog" / "bad.png").write_text("text")
         bad = run(files, path / "other", "--size", 24)
         assert bad.returncode == 2 and "bad.png" in bad.stderr and bad.stderr.count("\n") == 1, bad
@@ -1169,14 +1173,14 @@ def test_images_foreign_packing():
     """Files of the right names that hold other things than data.py writes."""
     with folder() as path:
         about = dict(count=9, size=4, classes=["cat", "dog"])
-        data.write_packed(path, "train", data.dummy_images(9, 4, 2), about, 0)
+        pictures.write_packed(path, "train", pictures.dummy_images(9, 4, 2), about, 0)
         labels = np.load(path / "train.labels.npy")
-        assert data.open_images(path, "train").labels.dtype == labels.dtype == np.int64
+        assert pictures.open_images(path, "train").labels.dtype == labels.dtype == np.int64
         for wrong in (labels / 4, labels.astype(str)):
             np.save(path / "train.labels.npy", wrong)
-            data_error(lambda: data.open_images(path, "train"), "belong together", "data.py pack")
+            data_error(lambda: pictures.open_images(path, "train"), "belong together", "images.py pack")
         (path / "train.packed.json").write_text('{"count": 9, "size": 4, "classes": 2}')
-        data_error(lambda: data.open_images(path, "train"), "damaged", "data.py pack")
+        data_error(lambda: pictures.open_images(path, "train"), "damaged", "images.py pack")
 
 
 def test_images_rates():
@@ -1185,15 +1189,15 @@ def test_images_rates():
     with folder() as path:
         class_folders(path)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            data.print_rates(path, count=2)
+            pictures.print_rates(path, count=2)
         rows = out.getvalue().splitlines()
         assert "its files" in rows[1] and len(rows) == 8 and "inf" in rows[3], out.getvalue()
         for row in rows[4:]:
             files, packed = map(float, row.split()[-2:])
             assert min(files, packed) > 10, row
         (path / "train.packed.json").write_text("{}")
-        data_error(lambda: data.print_rates(path), "incomplete")
-    image = data.noise_image(0, 1.1)
+        data_error(lambda: pictures.print_rates(path), "incomplete")
+    image = pictures.noise_image(0, 1.1)
     assert image.shape == (375, 500, 3) and 30 < image.std() < 60
 
 
@@ -1207,16 +1211,16 @@ def fail_in_worker(image, rng):
 
 def test_images_signals():
     """A signal to every process is the main one's affair; no worker survives it."""
-    source = data.dummy_images(8, 4, 2)
+    source = pictures.dummy_images(8, 4, 2)
     print("    " + data_error(lambda: epoch_of(source, kill_worker, workers=1), "memory"))
     try:  # not the user's mistake: all of it is shown
         epoch_of(source, fail_in_worker, workers=1)
         raise AssertionError("nothing was raised")
     except RuntimeError as error:
         assert "fail_in_worker" in str(error)
-    code = ("import data, os, signal, sys, time\n"
-            "source = data.dummy_images(4000, 32, 5)\n"
-            "loader = data.ImageLoader(source, data.train_transform('torchvision', 16), 8, seed=0,"
+    code = ("import images, augment, os, signal, sys, time\n"
+            "source = images.dummy_images(4000, 32, 5)\n"
+            "loader = images.ImageLoader(source, augment.train_transform('torchvision', 16), 8, seed=0,"
             " train=True, workers=2)\n"
             "stop = []\n"
             "signal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"

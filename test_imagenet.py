@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from tqdm import tqdm
 
-import data as datasets
+import images as datasets
 import models
 import train_imagenet
 from test_math import close, close_all, raises, run_tests, skip

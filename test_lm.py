@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
+import download
+import text as texts
 import train_lm
 from models import GPT, GPT_SIZES
 from test_data import data_error, mirror, put
@@ -185,12 +186,12 @@ def test_text_characters():
     with folder() as tmp:
         put(tmp, plain=text.encode(), packed=gzip.compress(text.encode()))
         for name in ("plain", "packed"):
-            loaded = data.load_text(tmp / name)
+            loaded = texts.load_text(tmp / name)
             both = torch.cat([loaded.train, loaded.valid])
-            assert data.spell(both.tolist(), loaded) == text
+            assert texts.spell(both.tolist(), loaded) == text
             assert len(loaded.train) == len(text) * 9 // 10 and loaded.unit == "character"
             assert loaded.vocabulary == sorted(set(text))
-        short = data.load_text(tmp / "plain", train_size=10, valid_size=3)
+        short = texts.load_text(tmp / "plain", train_size=10, valid_size=3)
         assert short.valid.tolist() == loaded.valid[:3].tolist()
         assert short.train.tolist() == loaded.train[:10].tolist()
         assert short.vocabulary == loaded.vocabulary
@@ -198,10 +199,10 @@ def test_text_characters():
         put(tmp, latin="für".encode("latin1"), cut=whole[:40], flat=b"aaaa", empty=b"",
             flipped=whole[:20] + bytes(255 - b for b in whole[20:30]) + whole[30:])
         for name in ("latin", "cut", "flat", "empty", "flipped"):
-            data_error(lambda: data.load_text(tmp / name), str(tmp / name), "another file")
-        data_error(lambda: data.load_text(tmp / "none"), "none", "grammar")
-        data_error(lambda: data.load_text(tmp / "plain", train_size=999), "train_size is 999")
-        data_error(lambda: data.load_text(tmp / "plain", valid_size=999), "valid_size is 999")
+            data_error(lambda: texts.load_text(tmp / name), str(tmp / name), "another file")
+        data_error(lambda: texts.load_text(tmp / "none"), "none", "grammar")
+        data_error(lambda: texts.load_text(tmp / "plain", train_size=999), "train_size is 999")
+        data_error(lambda: texts.load_text(tmp / "plain", valid_size=999), "valid_size is 999")
 
 
 def test_text_words():
@@ -211,7 +212,7 @@ def test_text_words():
     with folder() as tmp:
         put(tmp / "wikitext-2", **{"train.txt": train.encode(), "valid.txt": valid.encode()})
         for place in (tmp, tmp / "wikitext-2"):
-            text = data.load_text("wikitext2", place, download=False)
+            text = texts.load_text("wikitext2", place, download=False)
             assert "not as published" in text.source and text.unit == "word"
         want = [word for line in train.split("\n")[:-1] for word in line.split() + ["<eos>"]]
         assert [text.vocabulary[i] for i in text.train] == want
@@ -219,18 +220,18 @@ def test_text_words():
         assert [counts[w] for w in text.vocabulary] == sorted(counts.values(), reverse=True)
         assert [text.vocabulary[i] for i in text.valid] == \
             ["a", "<unk>", "<eos>", "<eos>", "c", "<eos>"]
-        assert data.spell(text.train.tolist(), text) == "\n= A Title =\n\na b <unk> a , c\n"
-        again = data.words(data.spell(text.train.tolist(), text))
+        assert texts.spell(text.train.tolist(), text) == "\n= A Title =\n\na b <unk> a , c\n"
+        again = texts.words(texts.spell(text.train.tolist(), text))
         assert again == want, "what is spelled reads as the same words"
-        other = data.load_text("wikitext2", tmp, "valid.txt", "train.txt", download=False)
+        other = texts.load_text("wikitext2", tmp, "valid.txt", "train.txt", download=False)
         assert "<unk>" in other.vocabulary and len(other.valid) == len(text.train)
-        data_error(lambda: data.load_text("wikitext2", tmp, "train.txt", "mine.txt"),
+        data_error(lambda: texts.load_text("wikitext2", tmp, "train.txt", "mine.txt"),
                    "mine.txt", "--valid_file")
 
 
 def test_text_wikitext_sources():
     """The archive, and downloads of either form, verified; with no mirror, what to do."""
-    files = {name: f" {name} words \n".encode() for name in data.WIKITEXT}
+    files = {name: f" {name} words \n".encode() for name in texts.WIKITEXT}
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, blob in files.items():
@@ -239,33 +240,33 @@ def test_text_wikitext_sources():
     known = {name: (None, "git:" + hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest())
              for name, blob in files.items()}
     known["wikitext-2-v1.zip"] = (None, "md5:" + hashlib.md5(packed.getvalue()).hexdigest())
-    with mirror(blobs) as address, mock.patch.dict(data.FILES, known):
+    with mirror(blobs) as address, mock.patch.dict(download.FILES, known):
         for single, whole, found in (("good", "missing", "train.txt"),
                                      ("missing", "good", "v1.zip"), ("wrong", "good", "v1.zip")):
             urls = {f"wikitext2/{name}": [f"{address}/{single}/{name}"] for name in files}
             urls["wikitext2"] = [f"{address}/{whole}/wikitext-2-v1.zip"]
-            with folder() as tmp, mock.patch.dict(data.MIRRORS, urls):
+            with folder() as tmp, mock.patch.dict(download.MIRRORS, urls):
                 for attempt in range(2):           # the second finds what the first one brought
-                    text = data.load_text("wikitext2", tmp, download=attempt == 0)
+                    text = texts.load_text("wikitext2", tmp, download=attempt == 0)
                     assert found in text.source and "verified" in text.source, text.source
-                    assert "".join(data.spell(text.train.tolist(), text)) == "train.txt words\n"
+                    assert "".join(texts.spell(text.train.tolist(), text)) == "train.txt words\n"
                 if found == "v1.zip":
                     put(tmp, **{"wikitext-2-v1.zip": packed.getvalue()[:-1]})
-                    data_error(lambda: data.load_text("wikitext2", tmp), "damaged", "v1.zip")
+                    data_error(lambda: texts.load_text("wikitext2", tmp), "damaged", "v1.zip")
         urls = {name: [f"{address}/missing/{name.split('/')[-1]}"] for name in urls}
         urls["wikitext2"] = [f"{address}/missing/wikitext-2-v1.zip"]
-        with folder() as tmp, mock.patch.dict(data.MIRRORS, urls):
-            message = data_error(lambda: data.load_text("wikitext2", tmp), "404", "by hand",
+        with folder() as tmp, mock.patch.dict(download.MIRRORS, urls):
+            message = data_error(lambda: texts.load_text("wikitext2", tmp), "404", "by hand",
                                  "wikitext-2-v1.zip", "--dataset grammar")
             assert message.count("by hand") == 1 and message.count("404") == 2, message
     with folder() as tmp:
         empty = put(tmp, empty=b"") / "empty"
-        assert data.digest(empty, "git") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git's own
+        assert download.digest(empty, "git") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git's own
 
 
 def test_text_grammar():
     """The same on all machines; verbs agree with their subject, and each paragraph has one hero."""
-    text = data.write_grammar()
+    text = texts.write_grammar()
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert digest == "09f587abeb53b815099b8e9bdb07b3596d77424684e8c07790e745da0b5487f9", digest
 
@@ -298,21 +299,21 @@ def test_text_grammar():
 def test_text_windows():
     """Training windows are pieces of the text, each token at most once; two seeds differ."""
     tokens = torch.arange(103)
-    batches = list(data.windows(tokens, 10, 3, seed=0, epoch=0))
-    assert len(batches) == data.num_windows(tokens, 10) // 3 == 3
+    batches = list(texts.windows(tokens, 10, 3, seed=0, epoch=0))
+    assert len(batches) == texts.num_windows(tokens, 10) // 3 == 3
     starts = torch.cat([x[:, 0] for x, _ in batches])
     for x, y in batches:
         assert torch.equal(x, x[:, :1] + torch.arange(10)) and torch.equal(y, x + 1)
     assert len(set(starts.tolist())) == 9 and len(set((starts % 10).tolist())) == 1
-    repeated, *others = (torch.cat([x for x, _ in data.windows(tokens, 10, 3, seed=s, epoch=e)])
+    repeated, *others = (torch.cat([x for x, _ in texts.windows(tokens, 10, 3, seed=s, epoch=e)])
                          for s, e in ((0, 0), (0, 1), (1, 0)))
     assert torch.equal(repeated, torch.cat([x for x, _ in batches]))
     assert not any(torch.equal(repeated, other) for other in others)
     offsets = {int(x[0, 0]) % 10 for e in range(60)
-               for x, _ in data.windows(tokens, 10, 3, seed=0, epoch=e)}
+               for x, _ in texts.windows(tokens, 10, 3, seed=0, epoch=e)}
     assert offsets == set(range(10)), "every offset comes"
     for length in (2, 10, 11, 12, 31, 45):       # evaluation: each token but the first once
-        x, y = zip(*data.all_windows(tokens[:length], 10, 2))
+        x, y = zip(*texts.all_windows(tokens[:length], 10, 2))
         assert torch.cat([part.flatten() for part in y]).tolist() == list(range(1, length))
         assert all(torch.equal(b, a + 1) for a, b in zip(x, y))
 
@@ -361,7 +362,7 @@ def built(*argv, vocabulary=11):
     """(network, optimizer, config) of a command."""
     args = train_lm.parse([*TINY, *map(str, argv)])
     nothing = torch.zeros(0, dtype=torch.int64)
-    text = data.Text(nothing, nothing, list(range(vocabulary)), "character", "")
+    text = texts.Text(nothing, nothing, list(range(vocabulary)), "character", "")
     config = train_lm.resolve(args, args.optim[0], 0, text)
     net, optimizer = train_lm.build(config, torch.device("cpu"))
     return net, optimizer, config
@@ -401,7 +402,7 @@ def test_parameter_groups():
     args = train_lm.parse([])
     published = dict(lr=1e-4, damping=1e-3, weight_decay=0.1, tcov=100, layers=4, heads=12,
                      width=768, context=256, tied=True, batch_size=32, epoch=50)
-    text = data.Text(torch.zeros(0), torch.zeros(0), [], "word", "")
+    text = texts.Text(torch.zeros(0), torch.zeros(0), [], "word", "")
     config = train_lm.resolve(args, args.optim[0], 0, text)
     assert args.optim == ["adafisherw"] and published.items() <= config.items(), config
 
@@ -410,7 +411,7 @@ def test_published_steps():
     """The docstring's command on OpenWebText takes the 15,000 steps of MAC's nanoGPT."""
     line = re.search(r"train_lm.py (--text openwebtext.+?)\n\n", train_lm.__doc__, re.DOTALL)[1]
     args = train_lm.parse(shlex.split(line.replace("\\\n", " ")))
-    windows = data.num_windows(range(args.train_size), GPT_SIZES[args.model]["context"])
+    windows = texts.num_windows(range(args.train_size), GPT_SIZES[args.model]["context"])
     assert windows // args.batch_size * args.epoch == 15_000 and windows % args.batch_size == 0
     assert 274_000_000 * 9 // 10 >= args.train_size and args.optim == ["mac"]
 
@@ -427,7 +428,7 @@ def test_sample():
             assert x.shape[1] <= self.context
             return F.one_hot((x + 1) % 5, 5) * 100.0
 
-    text = data.Text(torch.zeros(1), torch.zeros(1), list("\nabcd"), "character", "")
+    text = texts.Text(torch.zeros(1), torch.zeros(1), list("\nabcd"), "character", "")
     assert train_lm.write(Successor(), text, 7, 0) == "abcd\nab"
 
 
