@@ -53,7 +53,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data as datasets
+import images as datasets
+from augment import Finish, eval_transform, seed_sequence, train_transform
 from models import IMAGENET_MODELS, load_pretrained
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
                          Diverged, Parser, UsageError, check_folder, describe, number,
@@ -182,7 +183,7 @@ def published(name):
 
 def add_run_flags(flag, group):
     flag(group, "data_dir", "--data_path", type=user_path, metavar="DIR",
-         help="folder that holds train/CLASS/* and val/CLASS/*, or what data.py pack has written")
+         help="folder that holds train/CLASS/* and val/CLASS/*, or what images.py pack has written")
     flag(group, "dummy", nargs="?", const=4096, type=COUNT, metavar="N",
          help="train on N random images of 1000 classes instead (without N: 4096), and test on a "
          "quarter as many")
@@ -726,7 +727,7 @@ def logits_of(run, model, x):
 
 def seed_of(*numbers):
     """A seed from (seed, epoch, ...), so that no generator's state need ever be saved."""
-    return int(datasets.seed_sequence(*numbers).generate_state(1, np.uint64)[0])
+    return int(seed_sequence(*numbers).generate_state(1, np.uint64)[0])
 
 
 def train_step(run, batches, epoch, step):
@@ -1000,14 +1001,14 @@ def open_loaders(args, config, ranks, training, test):
         workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     # timm's names of the options are this script's, but for the policy's
     options = {name: config[name] for name in ("scale", "ratio", "hflip", "color_jitter")}
-    transform = datasets.train_transform(
+    transform = train_transform(
         config["recipe"], config["train_crop_size"], config["train_interpolation"],
         config["auto_augment"], **options)
     same = dict(seed=config["seed"], rank=ranks.rank, world=ranks.world, workers=workers,
                 recipe=config["recipe"], pin_memory=args.pin_mem and ranks.device.type == "cuda")
     train = None if training is None else datasets.ImageLoader(
         training, transform, config["batch_size"], train=True, repeats=config["repeats"], **same)
-    transform = datasets.eval_transform(config["val_resize_size"], config["val_crop_size"],
+    transform = eval_transform(config["val_resize_size"], config["val_crop_size"],
                                         config["interpolation"])
     return train, datasets.ImageLoader(test, transform, config["batch_size"], train=False, **same)
 
@@ -1029,7 +1030,7 @@ def prepare(args, ranks, stop):
     training, test = open_sources(args, config)
     config.update(train_size=None if training is None else len(training),
                   classes=len(test.classes))
-    finish = datasets.Finish(
+    finish = Finish(
         MEAN, STD, len(test.classes), recipe=config["recipe"], erase_prob=config["random_erase"],
         erase_mode=config["remode"], mixup_alpha=config["mixup"], cutmix_alpha=config["cutmix"],
         mixup_prob=config["mixup_prob"], switch_prob=config["mixup_switch_prob"],

@@ -45,7 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data as datasets
+import text as datasets
 from models import GPT, GPT_SIZES
 from train_cifar import (COUNT, COUNT_OR_ZERO, FILES, FRACTION, NOT_NEGATIVE, POSITIVE, SEED,
                          Diverged, Parser, UsageError, check_folder, describe, optimizer_class,
