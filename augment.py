@@ -113,30 +113,6 @@ def jitter(image, strength, rng):
     return image
 
 
-class TrainTransform:
-    """Random crop to size × size, flip, and a policy or colour jitter; see train_transform."""
-
-    def __init__(self, size, interpolation, scale, ratio, hflip, policy, color_jitter):
-        self.size, self.interpolation = size, interpolation
-        self.scale, self.ratio, self.hflip = tuple(scale), tuple(ratio), hflip
-        self.policy, self.color_jitter = policy, color_jitter
-
-    def __call__(self, image, rng):
-        """image: PIL RGB or (H, W, 3) uint8; rng: numpy Generator. (3, size, size) uint8."""
-        box = random_crop(*size_of(image), self.scale, self.ratio, rng)
-        interpolation = self.interpolation
-        if interpolation == "random":
-            interpolation = INTERPOLATIONS[rng.integers(2)]
-        image = resize(image, box, (self.size, self.size), interpolation)
-        if rng.random() < self.hflip:
-            image = image.flip(2)
-        if self.policy:  # made of Pillow's operations
-            image = pillow().fromarray(image.permute(1, 2, 0).contiguous().numpy())
-            image = np.array(self.policy(image, rng))
-            return torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        return jitter(image, self.color_jitter, rng) if self.color_jitter else image
-
-
 def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 1.0),
                     ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=None):
     """A callable transform(image, rng) -> (3, size, size) uint8 tensor, for training.
@@ -159,26 +135,25 @@ def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 
         else:
             raise DataError(f"no augmentation policy is called '{policy}'; choose ta_wide, or "
                             "RandAugment as in rand-m9-mstd0.5-inc1.")
-    return TrainTransform(size, interpolation, scale, ratio, hflip, policy, color_jitter)
+    return functools.partial(  # which travels to a worker process, as a closure would not
+        crop_and_augment, size=size, interpolation=interpolation, policy=policy, scale=scale,
+        ratio=ratio, hflip=hflip, color_jitter=color_jitter)
 
 
-class EvalTransform:
-    """Short side to `resize`, then the centre; see eval_transform."""
-
-    def __init__(self, resize, crop, interpolation):
-        if crop > resize:
-            raise DataError(f"a centre crop of {crop} cannot be cut from images whose short side "
-                            f"is {resize}; resize to at least {crop}.")
-        self.resize, self.crop, self.interpolation = resize, crop, interpolation
-
-    def __call__(self, image, rng=None):
-        """image: PIL RGB or (H, W, 3) uint8. Returns (3, crop, crop) uint8."""
-        height, width = size_of(image)
-        short = min(height, width)
-        size = height * self.resize // short, width * self.resize // short
-        image = resize(image, (0, 0, height, width), size, self.interpolation)
-        top, left = (round((side - self.crop) / 2) for side in size)
-        return image[:, top:top + self.crop, left:left + self.crop]
+def crop_and_augment(image, rng, *, size, interpolation, policy, scale, ratio, hflip,
+                     color_jitter):
+    """image: PIL RGB or (H, W, 3) uint8; rng: numpy Generator. (3, size, size) uint8."""
+    box = random_crop(*size_of(image), scale, ratio, rng)
+    if interpolation == "random":
+        interpolation = INTERPOLATIONS[rng.integers(2)]
+    image = resize(image, box, (size, size), interpolation)
+    if rng.random() < hflip:
+        image = image.flip(2)
+    if policy:  # made of Pillow's operations
+        image = pillow().fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        image = np.array(policy(image, rng))
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    return jitter(image, color_jitter, rng) if color_jitter else image
 
 
 def eval_transform(resize, crop, interpolation="bilinear"):
@@ -187,7 +162,19 @@ def eval_transform(resize, crop, interpolation="bilinear"):
     The short side becomes `resize`, the long side is rounded down, the centre is cut out.
     Published: 232, 224, bilinear (ResNets) and 248, 224, bicubic (DeiT, Swin). Raises DataError.
     """
-    return EvalTransform(resize, crop, interpolation)
+    if crop > resize:
+        raise DataError(f"a centre crop of {crop} cannot be cut from images whose short side is "
+                        f"{resize}; resize to at least {crop}.")
+    return functools.partial(centre, short=resize, crop=crop, interpolation=interpolation)
+
+
+def centre(image, rng=None, *, short, crop, interpolation):
+    """image: PIL RGB or (H, W, 3) uint8. Its centre (3, crop, crop) uint8 at that short side."""
+    height, width = size_of(image)
+    size = height * short // min(height, width), width * short // min(height, width)
+    image = resize(image, (0, 0, height, width), size, interpolation)
+    top, left = (round((side - crop) / 2) for side in size)
+    return image[:, top:top + crop, left:left + crop]
 
 
 # ---------------------------------------------------------------- augmentation policies

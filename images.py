@@ -1,7 +1,6 @@
 """ImageNet, or any tree of class folders: decoding, batches in worker processes, packed arrays.
 
     python images.py pack imagenet packed        # class folders of images, as arrays
-    python images.py rate                        # images/s that a core decodes and augments
 
     train = open_images("imagenet", "train")
     loader = ImageLoader(train, train_transform("torchvision", 176), 256, seed=0, train=True,
@@ -19,15 +18,13 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
-import time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from augment import EvalTransform, is_timm, pillow, random_state, train_transform
+from augment import eval_transform, is_timm, pillow, random_state
 from download import DataError, expand
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -255,11 +252,6 @@ def open_images(root, split, classes=None):
                         ) from error
 
 
-def dummy_images(count, image_size, num_classes, seed=0):
-    """A source like open_images' of random images, each from (seed, index); no files."""
-    return DummyImages(count, image_size, num_classes, seed)
-
-
 # ---------------------------------------------------------------- batches of images
 
 
@@ -331,7 +323,7 @@ def check_workers(error):
 class ImageLoader:
     """Batches (images (B, 3, h, w) uint8, labels (B,) int64) of one rank, on the CPU.
 
-    source: from open_images or dummy_images. transform: from train_transform or eval_transform.
+    source: from open_images, or DummyImages. transform: from train_transform or eval_transform.
     train: shuffle; else every world-th image from `rank` on, in order, none twice and none left
     out, perhaps none at all. repeats: how often an image is taken (repeated augmentation), when
     there are several ranks; one alone would see the copies in one batch, and shuffles plainly.
@@ -362,7 +354,7 @@ class ImageLoader:
         fork = workers > 0 and sys.platform == "linux"
         self.loader = torch.utils.data.DataLoader(
             Samples(source, transform, seed), batch_size=None, sampler=self.plan,
-            num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory,
+            num_workers=workers, pin_memory=pin_memory,
             worker_init_fn=start_worker, generator=torch.Generator(),
             multiprocessing_context="fork" if fork else None)
 
@@ -455,7 +447,7 @@ def packed_already(dst, split, about):
 def write_packed(dst, split, source, about, workers):
     """Write one split; returns a line that says what."""
     size = about["size"]
-    transform = EvalTransform(size, size, "bicubic")
+    transform = eval_transform(size, size, "bicubic")
     loader = ImageLoader(source, transform, 64, seed=0, train=False, workers=workers)
     place = os.path.join(dst, f"{split}.images.npy")
     with open(place + ".part", "wb") as file, tqdm(
@@ -479,129 +471,34 @@ def write_packed(dst, split, source, about, workers):
             f"{os.path.getsize(place) / 1e6:.1f} MB")
 
 
-# ---------------------------------------------------------------- rates
-
-
-def noise_image(seed, exponent, height=375, width=500):
-    """An (H, W, 3) uint8 array like a photograph: 1/f^exponent noise with little colour."""
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
-    frequency[0, 0] = np.inf  # no constant part
-    white = random_state(seed).standard_normal((4, height, width))
-    noise = np.fft.irfft2(np.fft.rfft2(white) / frequency ** exponent, (height, width))
-    noise /= noise.std((1, 2), keepdims=True)
-    image = 128 + 50 * (0.95 * noise[:1] + 0.05 * noise[1:])               # (3, H, W)
-    return np.clip(image, 0, 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-def images_per_second(work, items, passes=12):
-    """In CPU time, every image's fastest pass counting: others' work only makes it slower."""
-    best = np.full(len(items), np.inf)
-    for _ in range(passes):
-        for i, item in enumerate(items):
-            rng = random_state(0, i)  # equal passes
-            start = time.process_time()
-            work(item, rng)
-            best[i] = min(best[i], time.process_time() - start)
-    return len(items) / best.sum()
-
-
-def print_rates(root=None, count=48):
-    """Print images/s of one core for decoding and each recipe's transform, files and packed."""
-    Image = pillow()
-    torch.set_num_threads(1)
-    kinds = {}
-    with tempfile.TemporaryDirectory() as folder:
-        if root is None:
-            # exponents that make files of 97 kB; ImageNet's are near that and the second kind
-            for quality, chroma, exponent in ((90, "4:2:0", 1.1), (95, "4:4:4", 1.385)):
-                paths = [os.path.join(folder, f"{quality}-{i}.jpg") for i in range(count)]
-                kinds[f"q{quality} {chroma}"] = paths
-                for i, path in enumerate(paths):
-                    Image.fromarray(noise_image(i, exponent)).save(path, quality=quality,
-                                                                   subsampling=chroma)
-        else:
-            source = open_images(root, "train")
-            if source.kind != "folder":
-                raise DataError(f"{root} is packed; give class folders of image files.")
-            kinds["its files"] = [source.path(i)
-                                  for i in random_state(0).permutation(len(source))[:count]]
-        shrink = EvalTransform(256, 256, "bicubic")
-        rates, sizes = {}, []
-        for name, paths in kinds.items():
-            rates[name] = measure_rates(paths)
-            sizes.append(sum(map(os.path.getsize, paths)) / len(paths) / 1e3)
-        rates["packed 256"] = measure_rates([shrink(read_image(path)).permute(1, 2, 0).numpy()
-                                             for path in paths])
-        sizes.append(256 * 256 * 3 / 1e3)
-    print(f"images/s of one core, in CPU time; torch {torch.__version__}, Pillow "
-          f"{sys.modules['PIL'].__version__}")
-    print(f"{'':<32}" + "".join(f"{name:>12}" for name in rates))
-    print(f"{'kB per image':<32}" + "".join(f"{size:>12.0f}" for size in sizes))
-    for row in rates["packed 256"]:
-        print(f"{row:<32}" + "".join(f"{column[row]:>12.0f}" for column in rates.values()))
-
-
-def measure_rates(items):
-    """{operation: images/s} for a list of paths or of arrays."""
-    transforms = {
-        "random crop 176, flip": train_transform("torchvision", 176),
-        "  the same, ta_wide": train_transform("torchvision", 176, policy="ta_wide"),
-        "random crop 224, flip, rand-m9": train_transform(
-            "timm", 224, policy="rand-m9-mstd0.5-inc1"),
-        "short side 232, centre 224": EvalTransform(232, 224, "bilinear")}
-    arrays = isinstance(items[0], np.ndarray)
-    read = np.asarray if arrays else read_image
-    rates = {"decoding": math.inf if arrays else images_per_second(
-        lambda path, _: read(path), items)}
-    for name, transform in transforms.items():
-        rates[name] = images_per_second(lambda item, rng: transform(read(item), rng), items)
-    return rates
-
-
 # ----------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------
 
 
 def main():
-    """One of two commands with arguments of their own."""
-    commands = {"pack": pack_command, "rate": rate_command}
+    parser = argparse.ArgumentParser(description="Prepare class folders of images.")
+    commands = parser.add_subparsers(required=True, metavar="pack")
+    packing = commands.add_parser(
+        "pack", help="write class folders as uint8 arrays, which are read without decoding and "
+        "without Pillow")
+    packing.add_argument("src", help="folder with train/<class>/ and val/<class>/")
+    packing.add_argument("dst", help="folder for the arrays; give it to train_imagenet.py")
+    packing.add_argument("--size", type=int, default=256,
+                         help="pixels of a side: the short side is scaled to it and the centre "
+                         "kept (default: 256; a million images need 197 GB)")
+    packing.add_argument("--workers", type=int, default=os.cpu_count(),
+                         help="processes that decode (default: the machine's cores)")
+    args = parser.parse_args()
     try:
-        if sys.argv[1:2] not in (["pack"], ["rate"]):
-            raise DataError("give a command: pack or rate; each has a --help.")
-        return commands[sys.argv[1]](sys.argv[1:])
+        if args.size < 1 or args.workers < 0:
+            raise DataError("--size must be at least 1 and --workers at least 0.")
+        pack(args.src, args.dst, args.size, args.workers)
     except DataError as error:
         print(f"images.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # NAME.part stays: a download goes on from there, a packing begins anew
-
-
-def pack_command(words):
-    parser = argparse.ArgumentParser(
-        prog="images.py pack", description="Write class folders as uint8 arrays, which are read "
-        "without decoding and without Pillow.")
-    parser.add_argument("src", help="folder with train/<class>/ and val/<class>/")
-    parser.add_argument("dst", help="folder for the arrays; give it to train_imagenet.py")
-    parser.add_argument("--size", type=int, default=256,
-                        help="pixels of a side: the short side is scaled to it and the centre "
-                        "kept (default: 256; a million images need 197 GB)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(),
-                        help="processes that decode (default: the machine's cores)")
-    args = parser.parse_args(words[1:])
-    if args.size < 1 or args.workers < 0:
-        raise DataError("--size must be at least 1 and --workers at least 0.")
-    pack(args.src, args.dst, args.size, args.workers)
-    return 0
-
-
-def rate_command(words):
-    parser = argparse.ArgumentParser(
-        prog="images.py rate", description="Measure how many images a core of this machine decodes "
-        "and augments in a second.")
-    parser.add_argument("--root", help="folder with train/<class>/ whose files are measured "
-                        "(default: generated 500x375 JPEGs)")
-    print_rates(parser.parse_args(words[1:]).root)
+        return 130  # the packing begins anew
     return 0
 
 

@@ -478,7 +478,7 @@ def test_packed_arrays():
     with folder() as tmp:
         for split, count in (("train", 26), ("val", 7)):
             about = dict(count=count, size=16, classes=["0", "1", "2"])
-            datasets.write_packed(tmp, split, datasets.dummy_images(count, 16, 3), about, 0)
+            datasets.write_packed(tmp, split, datasets.DummyImages(count, 16, 3), about, 0)
         flags = SMALL.replace("--dummy 36", f"--data-path {tmp}")
         out, _ = main(f"{flags} -b 5 --output-dir {tmp}/run")
         assert "26 training images of 3 classes" in out and "7 test images of 3 classes" in out
@@ -572,7 +572,7 @@ def own_data(root):
         (root / f"data-{rank}").mkdir()
         for split in ("train", "val"):
             about = dict(count=count, size=16, classes=["0", "1"])
-            source = datasets.dummy_images(count, 16, 2)
+            source = datasets.DummyImages(count, 16, 2)
             datasets.write_packed(root / f"data-{rank}", split, source, about, 0)
     for i in range(8):
         file = root / "data-bad" / "val" / str(i // 4) / f"{i}.ppm"

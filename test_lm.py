@@ -3,11 +3,8 @@
 Everything is tiny and on generated or written text, without data or network; what a user runs as a
 process is run as one where that matters, and in this process elsewhere, which starts sooner.
 """
-import collections
 import contextlib
 import csv
-import gzip
-import hashlib
 import io
 import json
 import math
@@ -18,19 +15,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import download
 import text as texts
 import train_lm
 from models import GPT, GPT_SIZES
-from test_data import data_error, mirror, put
+from test_download import put
 from test_math import close, close_all, raises, run_tests, skip, snapshot
 
 HERE = Path(__file__).resolve().parent
@@ -174,148 +168,6 @@ def test_gpt_tied():
         again.load_state_dict(torch.load(tmp / "tied"))
         assert again.head.weight is again.wte.weight
     assert not torch.equal(free.wte.weight.grad, torch.zeros(11, 8))
-
-
-# ---------------------------------------------------------------------------------------------
-# The texts
-# ---------------------------------------------------------------------------------------------
-
-def test_text_characters():
-    """Any Unicode text and back, plain and gzipped; nine tenths for training; one vocabulary."""
-    text = "naïve ❤ 字\n\ttabs, \r\n and 𝒳." * 7 + "\n"
-    with folder() as tmp:
-        put(tmp, plain=text.encode(), packed=gzip.compress(text.encode()))
-        for name in ("plain", "packed"):
-            loaded = texts.load_text(tmp / name)
-            both = torch.cat([loaded.train, loaded.valid])
-            assert texts.spell(both.tolist(), loaded) == text
-            assert len(loaded.train) == len(text) * 9 // 10 and loaded.unit == "character"
-            assert loaded.vocabulary == sorted(set(text))
-        short = texts.load_text(tmp / "plain", train_size=10, valid_size=3)
-        assert short.valid.tolist() == loaded.valid[:3].tolist()
-        assert short.train.tolist() == loaded.train[:10].tolist()
-        assert short.vocabulary == loaded.vocabulary
-        whole = (tmp / "packed").read_bytes()
-        put(tmp, latin="für".encode("latin1"), cut=whole[:40], flat=b"aaaa", empty=b"",
-            flipped=whole[:20] + bytes(255 - b for b in whole[20:30]) + whole[30:])
-        for name in ("latin", "cut", "flat", "empty", "flipped"):
-            data_error(lambda: texts.load_text(tmp / name), str(tmp / name), "another file")
-        data_error(lambda: texts.load_text(tmp / "none"), "none", "grammar")
-        data_error(lambda: texts.load_text(tmp / "plain", train_size=999), "train_size is 999")
-        data_error(lambda: texts.load_text(tmp / "plain", valid_size=999), "valid_size is 999")
-
-
-def test_text_words():
-    """The published convention: split at blanks, <eos> for every line; unknown words <unk>."""
-    train = " \n = A Title = \n \n a b <unk> a , c \n"
-    valid = " a d \n\n c \n"
-    with folder() as tmp:
-        put(tmp / "wikitext-2", **{"train.txt": train.encode(), "valid.txt": valid.encode()})
-        for place in (tmp, tmp / "wikitext-2"):
-            text = texts.load_text("wikitext2", place, download=False)
-            assert "not as published" in text.source and text.unit == "word"
-        want = [word for line in train.split("\n")[:-1] for word in line.split() + ["<eos>"]]
-        assert [text.vocabulary[i] for i in text.train] == want
-        counts = collections.Counter(want)
-        assert [counts[w] for w in text.vocabulary] == sorted(counts.values(), reverse=True)
-        assert [text.vocabulary[i] for i in text.valid] == \
-            ["a", "<unk>", "<eos>", "<eos>", "c", "<eos>"]
-        assert texts.spell(text.train.tolist(), text) == "\n= A Title =\n\na b <unk> a , c\n"
-        again = texts.words(texts.spell(text.train.tolist(), text))
-        assert again == want, "what is spelled reads as the same words"
-        other = texts.load_text("wikitext2", tmp, "valid.txt", "train.txt", download=False)
-        assert "<unk>" in other.vocabulary and len(other.valid) == len(text.train)
-        data_error(lambda: texts.load_text("wikitext2", tmp, "train.txt", "mine.txt"),
-                   "mine.txt", "--valid_file")
-
-
-def test_text_wikitext_sources():
-    """The archive, and downloads of either form, verified; with no mirror, what to do."""
-    files = {name: f" {name} words \n".encode() for name in texts.WIKITEXT}
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name, blob in files.items():
-            archive.writestr(f"wikitext-2/wiki.{name[:-4]}.tokens", blob)
-    blobs = {**files, "wikitext-2-v1.zip": packed.getvalue()}
-    known = {name: (None, "git:" + hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest())
-             for name, blob in files.items()}
-    known["wikitext-2-v1.zip"] = (None, "md5:" + hashlib.md5(packed.getvalue()).hexdigest())
-    with mirror(blobs) as address, mock.patch.dict(download.FILES, known):
-        for single, whole, found in (("good", "missing", "train.txt"),
-                                     ("missing", "good", "v1.zip"), ("wrong", "good", "v1.zip")):
-            urls = {f"wikitext2/{name}": [f"{address}/{single}/{name}"] for name in files}
-            urls["wikitext2"] = [f"{address}/{whole}/wikitext-2-v1.zip"]
-            with folder() as tmp, mock.patch.dict(download.MIRRORS, urls):
-                for attempt in range(2):           # the second finds what the first one brought
-                    text = texts.load_text("wikitext2", tmp, download=attempt == 0)
-                    assert found in text.source and "verified" in text.source, text.source
-                    assert "".join(texts.spell(text.train.tolist(), text)) == "train.txt words\n"
-                if found == "v1.zip":
-                    put(tmp, **{"wikitext-2-v1.zip": packed.getvalue()[:-1]})
-                    data_error(lambda: texts.load_text("wikitext2", tmp), "damaged", "v1.zip")
-        urls = {name: [f"{address}/missing/{name.split('/')[-1]}"] for name in urls}
-        urls["wikitext2"] = [f"{address}/missing/wikitext-2-v1.zip"]
-        with folder() as tmp, mock.patch.dict(download.MIRRORS, urls):
-            message = data_error(lambda: texts.load_text("wikitext2", tmp), "404", "by hand",
-                                 "wikitext-2-v1.zip", "--dataset grammar")
-            assert message.count("by hand") == 1 and message.count("404") == 2, message
-    with folder() as tmp:
-        empty = put(tmp, empty=b"") / "empty"
-        assert download.digest(empty, "git") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git's own
-
-
-def test_text_grammar():
-    """The same on all machines; verbs agree with their subject, and each paragraph has one hero."""
-    text = texts.write_grammar()
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    assert digest == "09f587abeb53b815099b8e9bdb07b3596d77424684e8c07790e745da0b5487f9", digest
-
-    def noun_phrase(words):          # drops one from the front: is it plural?
-        first = words.pop(0)
-        if first[0].isupper():
-            return False
-        assert first in ("a", "some")
-        while words.pop(0)[-1] == "l":
-            pass
-        return first == "some"
-
-    across, heroes = 0, set()
-    for line in text.splitlines():
-        names = {word.strip(".") for word in line.split() if word[0].isupper()}
-        assert len(names) <= 1, names
-        heroes |= names
-        for sentence in line.rstrip(".").split(". "):
-            words = sentence.split()
-            plural = noun_phrase(words)
-            if words[0] == "that":
-                assert words[1][-1] == "st"[plural]
-                del words[:2]
-                across += noun_phrase(words) != plural
-            assert words[0][-1] == "st"[plural], sentence
-    assert len(heroes) > 900 and across > 800, (len(heroes), across)
-    print(f"    {len(text):,} characters, {len(heroes)} heroes, {across} verbs across a clause")
-
-
-def test_text_windows():
-    """Training windows are pieces of the text, each token at most once; two seeds differ."""
-    tokens = torch.arange(103)
-    batches = list(texts.windows(tokens, 10, 3, seed=0, epoch=0))
-    assert len(batches) == texts.num_windows(tokens, 10) // 3 == 3
-    starts = torch.cat([x[:, 0] for x, _ in batches])
-    for x, y in batches:
-        assert torch.equal(x, x[:, :1] + torch.arange(10)) and torch.equal(y, x + 1)
-    assert len(set(starts.tolist())) == 9 and len(set((starts % 10).tolist())) == 1
-    repeated, *others = (torch.cat([x for x, _ in texts.windows(tokens, 10, 3, seed=s, epoch=e)])
-                         for s, e in ((0, 0), (0, 1), (1, 0)))
-    assert torch.equal(repeated, torch.cat([x for x, _ in batches]))
-    assert not any(torch.equal(repeated, other) for other in others)
-    offsets = {int(x[0, 0]) % 10 for e in range(60)
-               for x, _ in texts.windows(tokens, 10, 3, seed=0, epoch=e)}
-    assert offsets == set(range(10)), "every offset comes"
-    for length in (2, 10, 11, 12, 31, 45):       # evaluation: each token but the first once
-        x, y = zip(*texts.all_windows(tokens[:length], 10, 2))
-        assert torch.cat([part.flatten() for part in y]).tolist() == list(range(1, length))
-        assert all(torch.equal(b, a + 1) for a, b in zip(x, y))
 
 
 # ---------------------------------------------------------------------------------------------

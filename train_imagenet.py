@@ -981,7 +981,7 @@ def load_checkpoint(path, run):
 def open_sources(args, config):
     """(training images, test images); the former None under --test_only."""
     if args.dummy:
-        training, test = (datasets.dummy_images(count, config["val_resize_size"], 1000, seed)
+        training, test = (datasets.DummyImages(count, config["val_resize_size"], 1000, seed)
                           for seed, count in enumerate((args.dummy, max(1, args.dummy // 4))))
     else:
         training = None if args.test_only else datasets.open_images(args.data_dir, "train")
