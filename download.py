@@ -10,10 +10,15 @@ before they are read, whoever put them there; a file that is damaged is reported
 DataError is what all modules of data raise for what the user can put right.
 """
 import contextlib
+import errno
 import hashlib
 import http.client
 import os
+import queue
+import stat
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -66,8 +71,11 @@ FILES = {
     "test.txt": (None, "git:6f3fc88e4cd88456ea892971f9f12243e8428624"),
 }
 
-TIMEOUT = 8  # seconds without a connection, or without a byte, before the next mirror's turn
-TRIES = 5    # per mirror, when its connection breaks midway
+TIMEOUT = 8          # seconds without a connection, or without a byte: the next mirror's turn
+PATIENCE = 30        # seconds for an answer to begin; in as many, SLOWEST bytes a second must come
+SLOWEST = 1000       # (the authors' host of CIFAR gave 55,000)
+TRIES = 5            # per mirror, when its connection breaks midway
+MOST = 100_000_000   # bytes of a file whose size is not published
 
 
 class DataError(Exception):
@@ -111,23 +119,61 @@ def verify(path):
 
 @contextlib.contextmanager
 def one_at_a_time(folder):
-    """Make processes that were started together (several seeds, say) download in turn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            import fcntl  # not on Windows
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process downloads into {folder}: waiting for it", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass  # no locks on this system or this disk: go without
+    """Make processes that were started together (several seeds, say) download in turn.
+
+    Leaves nothing behind: no lock, and no folder that it made and nobody filled.
+    """
+    new, path = [], folder / ".lock"
+    while True:
+        new += [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # who had the lock before removes it
+            lock = open(path, "a", opener=plain_file)
+            wait_for(lock, folder)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                break
+    try:
         yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # still locked, so that nobody has it by now
+        lock.close()
+        for place in new:
+            with contextlib.suppress(OSError):  # not empty
+                place.rmdir()
+
+
+def wait_for(lock, folder):
+    """Lock an open file, when all others have released theirs."""
+    try:
+        import fcntl  # not on Windows
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process downloads into {folder}: waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass  # no locks on this system or this disk: go without
+
+
+def plain_file(path, flags):
+    """For open(): a file that has this one name, where others may have planted links or pipes."""
+    for flag in ("O_NOFOLLOW", "O_NONBLOCK"):  # not on Windows
+        flags |= getattr(os, flag, 0)
+    descriptor = os.open(path, flags, 0o666)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EEXIST, "it is a link or no file; remove it", os.fspath(path))
 
 
 class MirrorError(Exception):
     """A mirror failed; the message says why in a few words. (OSError is left to the disk.)"""
+
+
+class Useless(MirrorError):
+    """It need not be asked again."""
 
 
 @contextlib.contextmanager
@@ -157,6 +203,9 @@ def fetch_any(urls, folder, problem, hint):
         else:
             os.replace(part, folder / name)
             return
+        finally:
+            if part.exists() and part.stat().st_size == 0:
+                part.unlink()
     raise DataError("\n".join((f"{problem} Mirrors tried:", *failures, hint)))
 
 
@@ -167,6 +216,8 @@ def fetch_verified(url, part, size, checksum):
         before = part.stat().st_size if part.exists() else 0
         try:
             fetch(url, part, before, size)
+        except Useless:
+            raise
         except MirrorError as error:
             problem = error
             if not part.exists() or part.stat().st_size <= before:
@@ -188,7 +239,7 @@ def fetch(url, part, start, size):
         request.add_header("Range", f"bytes={start}-")
     with network():
         try:
-            response = urllib.request.urlopen(request, timeout=TIMEOUT)
+            response = in_time(lambda: urllib.request.urlopen(request, timeout=TIMEOUT))
         except urllib.error.HTTPError as error:
             if start and error.code == 416:
                 return  # nothing beyond: the checksum will tell whether that is the whole file
@@ -202,23 +253,54 @@ def fetch(url, part, start, size):
         total = start + int(length) if length else size
         if size is not None and total != size:  # before anything on disk is overwritten
             raise MirrorError(f"offers {total} bytes instead of {size}")
-        received = save(response, part, start, total)
+        if total is not None and total > max(size or 0, MOST):
+            raise MirrorError(f"offers {total} bytes, more than the {MOST} expected")
+        received = save(response, part, start, total, size or MOST)
     if total is not None and received != total:
         raise MirrorError(f"broke off after {received} of {total} bytes")
 
 
-def save(response, part, start, total):
+def in_time(call):
+    """What call() returns. A host that drips its headers keeps to TIMEOUT, and never ends."""
+    result = queue.Queue()
+
+    def work():
+        try:
+            result.put((call(), None))
+        except Exception as error:
+            result.put((None, error))
+    threading.Thread(target=work, daemon=True).start()  # left to itself when time is up
+    try:
+        value, error = result.get(timeout=PATIENCE)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error:
+        raise error
+    return value
+
+
+def save(response, part, start, total, most):
     """Write the response into `part` from byte `start` on; return how many bytes it then has."""
-    with open(part, "ab" if start else "wb") as file, tqdm(
+    with open(part, "ab", opener=plain_file) as file, tqdm(
             desc=part.stem, initial=start, total=total, unit="B", unit_scale=True,
             disable=None) as bar:  # None: quiet where stderr is no terminal
+        file.truncate(start)
+        file.seek(start)
+        since, before = time.monotonic(), start
         while True:
             with network():
                 block = response.read1(1 << 18)  # what is there; read() could lose it waiting
             if not block:
                 break
+            if file.tell() + len(block) > most:
+                file.truncate(start)  # of no use to anybody
+                raise Useless(f"sends more than the {most} bytes expected")
             file.write(block)
             bar.update(len(block))
+            if time.monotonic() - since > PATIENCE:
+                if file.tell() - before < PATIENCE * SLOWEST:
+                    raise Useless(f"sends less than {SLOWEST} bytes a second")
+                since, before = time.monotonic(), file.tell()
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
@@ -230,5 +312,5 @@ def in_words(error):
         return f"HTTP {error.code} {error.reason}"
     error = getattr(error, "reason", error)  # URLError wraps the real one
     if isinstance(error, TimeoutError):
-        return f"no answer within {TIMEOUT} s"
+        return "no answer in time"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

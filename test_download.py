@@ -53,6 +53,9 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         blob = self.server.blobs[name]
         if how == "missing":
             return self.send_error(404)
+        while how == "drips-headers" and not self.server.stop.wait(0.05):
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX: " if start == 0 else b"x")
+            start = 1
         if how == "norange":
             start = 0
         if how == "wrong":
@@ -64,15 +67,24 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(blob) - 1}/{len(blob)}")
-        self.send_header("Content-Length", str(len(blob) - start))
+        if how != "endless":
+            self.send_header("Content-Length", str(len(blob) - start))
         self.end_headers()
         rest = blob[start:]
+        if how == "silent":
+            return self.server.stop.wait(20)
         if how == "breaks" and start == 0:
             rest = rest[:len(rest) // 2]
         if how == "slow":
             self.wfile.write(rest[:1000])
             self.server.stop.wait(20)
+        if how == "drips":
+            for i in range(len(rest)):
+                self.wfile.write(rest[i:i + 1])
+                self.server.stop.wait(0.05)
         self.wfile.write(rest)
+        while how == "endless" and not self.server.stop.is_set():
+            self.wfile.write(rest)
 
     def log_message(self, *args):
         pass
@@ -161,6 +173,90 @@ def test_no_answer(mirror, monkeypatch, tmp_path):
     with refused("refused", "name.invalid", "no answer"):
         download.fetch_any(urls, tmp_path, "no luck", "by hand")
     assert BLOB.startswith((tmp_path / "file.part").read_bytes())
+
+
+@pytest.mark.parametrize("size", [len(BLOB), None])
+def test_endless_answer(fetch, monkeypatch, size):
+    """Given up at the known size, or at a limit; asked once; only bytes of before are left."""
+    monkeypatch.setitem(download.FILES, "file", (size, md5(BLOB)))
+    monkeypatch.setattr(download, "MOST", 20_000)
+    words = ["more than the", "/endless/file"]
+    assert fetch("endless", words=words) == ([("endless", 0)], None)
+    assert fetch("endless", part=BLOB[:5000], words=words) == ([("endless", 5000)], BLOB[:5000])
+    assert fetch("endless", "good") == ([("endless", 0), ("good", 0)], None)
+
+
+def test_too_much_is_offered(fetch, monkeypatch):
+    """Where the size is not known there is a limit; nothing is then transferred."""
+    monkeypatch.setitem(download.FILES, "file", (None, md5(BLOB)))
+    assert fetch("good") == ([("good", 0)], None)
+    monkeypatch.setattr(download, "MOST", len(BLOB) - 1)
+    assert fetch("good", words=[f"offers {len(BLOB)} bytes"]) == ([("good", 0)], None)
+
+
+def test_dripping_mirror(fetch, monkeypatch):
+    """Given up after a time, although every byte of it comes within the timeout."""
+    monkeypatch.setattr(download, "PATIENCE", 0.3)
+    (drips, good), left = fetch("drips", "good")
+    assert drips == ("drips", 0) and good[0] == "good" and 0 < good[1] < 100 and left is None
+    assert fetch("drips-headers", "good") == ([("drips-headers", 0), ("good", 0)], None)
+    assert fetch("drips-headers", words=["no answer"]) == ([("drips-headers", 0)], None)
+
+
+@pytest.mark.parametrize("name", [".lock", "file.part"])
+@pytest.mark.parametrize("plant", [os.symlink, os.link, lambda _, path: os.mkfifo(path)],
+                         ids=["symlink", "hard-link", "fifo"])
+def test_planted_files(mirror, monkeypatch, tmp_path, name, plant):
+    """What somebody left under our names in a shared folder does not lead us elsewhere."""
+    monkeypatch.setitem(download.FILES, "file", (len(BLOB), md5(BLOB)))
+    mirror.blobs["file"] = BLOB
+    put(tmp_path, precious=b"precious")
+    put(tmp_path / "data")
+    plant(tmp_path / "precious", tmp_path / "data" / name)
+    with pytest.raises(OSError) as caught, download.one_at_a_time(tmp_path / "data"):
+        download.fetch_any([f"{mirror.address}/good/file"], tmp_path / "data", "no luck", "")
+    assert caught.value.filename == str(tmp_path / "data" / name)
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_nothing_is_left(mirror, monkeypatch, tmp_path):
+    """Neither the lock, nor an empty file, nor a folder that was made in vain."""
+    monkeypatch.setitem(download.FILES, "file", (len(BLOB), md5(BLOB)))
+    mirror.blobs["file"] = BLOB
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+
+    def fetch(how, folder):
+        with download.one_at_a_time(folder):
+            download.fetch_any([f"{mirror.address}/{how}/file"], folder, "no luck", "")
+    for how in ("missing", "silent", "wrong"):
+        with refused("no luck"):
+            fetch(how, tmp_path / "new" / "below")
+        assert os.listdir(tmp_path) == []
+    old = put(tmp_path / "old")
+    with refused("no luck"):
+        fetch("missing", old)
+    assert os.listdir(old) == []
+    fetch("good", tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == ["file"]
+
+
+def test_one_at_a_time(tmp_path, capsys):
+    """Also while the others remove the lock and the folder that it lies in."""
+    inside, worst = [], []
+
+    def work():
+        for _ in range(20):
+            with download.one_at_a_time(tmp_path / "new"):
+                inside.append(1)
+                time.sleep(0.0005)
+                worst.append(len(inside))
+                inside.pop()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(worst) == 80 and max(worst) == 1 and not list(tmp_path.glob("new/*"))
 
 
 def test_git_checksum(tmp_path):
