@@ -7,7 +7,8 @@ Mirrors are tried in turn. What arrives is NAME.part until its checksum is right
 download leaves that for the next one to go on from. Archives are verified by checksum every time
 before they are read, whoever put them there; a file that is damaged is reported and left alone.
 
-DataError is what all modules of data raise for what the user can put right.
+What all modules of data share is here too: DataError, for what the user can put right, and
+fingerprints, by which a run notices that it is resumed on other data.
 """
 import contextlib
 import errno
@@ -22,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 from tqdm import tqdm
 
 # Tried from top to bottom; the last part of an address is the name of the file it delivers.
@@ -99,6 +101,17 @@ def digest(path, algorithm):
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             value.update(block)
+    return value.hexdigest()
+
+
+def fingerprint(*parts):
+    """A short checksum of texts and arrays: does a run that is resumed go on with the same data?"""
+    value = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        blob = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else \
+            np.ascontiguousarray(part).view(np.uint8).data
+        value.update(b"%d " % len(blob))
+        value.update(blob)
     return value.hexdigest()
 
 

@@ -25,32 +25,45 @@ import torch
 from tqdm import tqdm
 
 from augment import eval_transform, is_timm, pillow, random_state
-from download import DataError, expand
+from download import DataError, expand, fingerprint
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # Pillow's names for those, and no others
 SPLITS = {"train": ("train", "training"),
           "val": ("val", "valid", "validation", "eval", "evaluation")}
 BLOCK = 256  # repeated augmentation counts an epoch in blocks of so many images
 
 
 def read_image(path):
-    """The image in a file, of any mode and format, as a PIL image of mode RGB.
+    """The image in a file, of any mode, as a PIL image of mode RGB.
 
     Raises DataError with the file's name when it cannot be opened or decoded.
     """
     Image = pillow()
     try:
         with open(path, "rb") as file:
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
             image.load()
+        if image.mode[0] in "IF":
+            image = Image.fromarray(eight_bits(np.asarray(image), path))
         return image if image.mode == "RGB" else image.convert("RGB")
     except Image.UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image that Pillow can read; remove or replace it."
-                        ) from error
+        raise DataError(f"{path} is not an image of the formats {', '.join(FORMATS)}; remove or "
+                        "replace it.") from error
+    except DataError:
+        raise
     except Exception as error:  # damaged bytes fail in any way they like
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"cannot read {path}: {error.strerror}.") from error
         raise DataError(f"{path} cannot be decoded ({error}); remove or replace it.") from error
+
+
+def eight_bits(pixels, path):
+    """Grey levels of 16 bits, which may come as 32, in 8; Pillow would make nearly all white."""
+    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+        raise DataError(f"{path} holds {pixels.dtype.name} pixels, whose range no format fixes; "
+                        "convert it to 8 bits a channel.")
+    return (pixels / 257).round().astype(np.uint8)  # 65535 = 255 · 257
 
 
 class FolderImages:
@@ -90,6 +103,13 @@ class FolderImages:
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def fingerprint(self):
+        """Of all names and labels, and the sizes of some files: a million would take minutes."""
+        some = map(self.path, range(0, len(self), math.ceil(len(self) / 256)))
+        sizes = [os.path.getsize(path) for path in some if os.path.exists(path)]
+        return fingerprint("\n".join(self.classes), self.names, self.labels, np.array(sizes))
+
     def path(self, i):
         return os.path.join(self.folder, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
 
@@ -100,19 +120,24 @@ class FolderImages:
 
 def list_files(folder):
     """Paths, relative to a class folder, of the image files below it, sorted, as bytes."""
-    def fail(error):
-        raise DataError(f"cannot read {error.filename}: {error.strerror}.") from error
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+    found, seen, places = [], set(), [""]
+    while places:
+        below = places.pop()
+        place = os.path.join(folder, below)
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back up
-            folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = os.path.relpath(place, folder) if place != folder else ""
-        found += [os.fsencode(os.path.join(below, name)) for name in files
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+            name = os.path.join(below, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                places.append(name)
+            # A pipe or a device is no file; a link to nothing is one, and is reported when read.
+            elif entry.name.lower().endswith(EXTENSIONS) and (
+                    entry.is_file() or not os.path.exists(entry.path)):
+                found.append(os.fsencode(name))
     return sorted(found)
 
 
@@ -164,6 +189,7 @@ class PackedImages:
                             f"together; {again}.")
         check_classes(self.classes, classes, self.file)
         self.images = images
+        self.fingerprint = fingerprint(json.dumps(about), self.labels)
 
     def __getstate__(self):  # a worker maps the file for itself: pickling would send its content
         return {**self.__dict__, "images": None}
@@ -187,6 +213,7 @@ class DummyImages:
         self.where = f"random images, seed {seed}"
         self.classes = [str(i) for i in range(num_classes)]
         self.labels = random_state(seed, 0).integers(num_classes, size=count)
+        self.fingerprint = fingerprint(f"{count} {size} {num_classes} {seed}")
 
     def __len__(self):
         return len(self.labels)
@@ -212,6 +239,7 @@ class FewerImages:
         self.labels, self.classes, self.kind = (source.labels[self.indices], source.classes,
                                                 source.kind)
         self.where = f"of the {len(source)} in {source.where}"
+        self.fingerprint = fingerprint(f"{count} {source.fingerprint}")
 
     def __len__(self):
         return len(self.labels)
@@ -229,7 +257,8 @@ def open_images(root, split, classes=None):
     classes: the training split's list, when another split is opened, which must have the same.
 
     Returns an object with `classes` (names), `labels` ((N,) int64 array), `len()`, `read(i)` (a
-    PIL image or an (H, W, 3) uint8 array), `kind` and `where` (text). Raises DataError.
+    PIL image or an (H, W, 3) uint8 array), `kind`, `where` (text) and `fingerprint` (text, of the
+    names and labels). Raises DataError.
     """
     root = expand(root)
     synonyms = next((names for names in SPLITS.values() if split in names), ())
@@ -349,8 +378,9 @@ class ImageLoader:
             raise DataError(f"{source.where} has {self.count} images, less than one batch of "
                             f"{batch_size} for each of {world} processes; use smaller batches.")
         # Forked workers start at once and share the list of files; Python 3.14 would have an
-        # intermediate process start them, which a SIGTERM ends. torch's own generator is left
-        # alone: it belongs to the network.
+        # intermediate process start them, which a SIGTERM ends. They end with their epoch, so that
+        # those of a test loader come in place of these. torch's own generator is left alone: it
+        # belongs to the network.
         fork = workers > 0 and sys.platform == "linux"
         self.loader = torch.utils.data.DataLoader(
             Samples(source, transform, seed), batch_size=None, sampler=self.plan,
@@ -411,7 +441,7 @@ def pack(src, dst, size, workers=0):
                 raise DataError(f"{src} is packed already; give a folder with train/<class>/ and "
                                 "val/<class>/.")
             about = {"count": len(source), "size": size, "from": source.folder,
-                     "classes": source.classes}
+                     "files": source.fingerprint, "classes": source.classes}
             if not packed_already(dst, split, about):
                 todo[split] = source, about
                 with contextlib.suppress(FileNotFoundError):  # what an interrupted packing left

@@ -1,6 +1,8 @@
 """images.py: class folders, batches in worker processes, packed arrays, signals."""
+import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 
 import augment
 import images
-from augment import eval_transform, random_state, train_transform
+from augment import eval_transform, train_transform
 from images import DummyImages, FewerImages, ImageLoader, open_images, training_order
 from test_augment import Image, needs_pillow, smooth_image
 from test_download import refused
@@ -159,6 +161,69 @@ def test_fewer_images():
         FewerImages(source, 91)
 
 
+def test_workers_end_with_their_epoch():
+    """A test loader beside a training loader does not double the processes."""
+    train, test = (ImageLoader(DummyImages(8, 8, 2), eval_transform(8, 8), 4, seed=0, train=train,
+                               workers=2) for train in (True, False))
+    for epoch in range(2):
+        for loader in (train, test):
+            loader.set_epoch(epoch)
+            for _ in loader:
+                assert len(multiprocessing.active_children()) <= 2
+            assert not multiprocessing.active_children()
+
+
+# ---------------------------------------------------------------- fingerprints
+
+def test_fingerprint_of_dummies():
+    same, *others = (DummyImages(*how).fingerprint for how in (
+        (8, 4, 2), (9, 4, 2), (8, 5, 2), (8, 4, 3), (8, 4, 2, 1)))
+    assert same == DummyImages(8, 4, 2).fingerprint and len({same, *others}) == 5
+    source = DummyImages(8, 4, 2)
+    prints = {FewerImages(source, 4).fingerprint, FewerImages(source, 5).fingerprint,
+              FewerImages(DummyImages(9, 4, 2), 4).fingerprint, source.fingerprint}
+    assert len(prints) == 4
+
+
+@needs_pillow
+def test_fingerprint_of_folders(tmp_path):
+    """Of the classes' and files' names, sizes and labels; not of where they lie."""
+    def check():
+        return open_images(tmp_path / "set", "train").fingerprint
+    class_folders(tmp_path / "set", (2, 2))
+    prints = [check()]
+    train = tmp_path / "set" / "train"
+    for old, new in (("cat/cat_0.jpg", "cat/cat_9.jpg"), ("cat/cat_1.jpg", "dog/cat_1.jpg"),
+                     ("dog/cat_1.jpg", "cat/dog_1.jpeg"), ("cat", "zebra"), ("zebra", "ant")):
+        (train / old).rename(train / new)
+        prints.append(check())
+    assert len(set(prints)) == 6, prints
+    (tmp_path / "set").rename(tmp_path / "away")
+    class_folders(tmp_path / "set", (2, 2))
+    assert check() == prints[0] and re.fullmatch("[0-9a-f]{16}", prints[0])
+    Image.new("L", (9, 9)).save(tmp_path / "set" / "train" / "cat" / "cat_0.jpg")
+    assert check() not in prints
+
+
+@needs_pillow
+def test_fingerprint_of_packed(tmp_path):
+    """Of the files that were packed, and how; not of where the packing lies."""
+    def check(size=8):
+        images.pack(tmp_path / "set", tmp_path / "packed", size)
+        (tmp_path / "packed").rename(tmp_path / str(len(prints)))
+        prints.append(open_images(tmp_path / str(len(prints)), "train").fingerprint)
+    prints = []
+    class_folders(tmp_path / "set", (2, 2))
+    check(), check(), check(size=9)
+    (tmp_path / "set" / "train" / "cat" / "cat_0.jpg").rename(
+        tmp_path / "set" / "train" / "cat" / "cat_5.jpg")
+    check()
+    assert prints[0] == prints[1] and len(set(prints)) == 3, prints
+    path = tmp_path / "0" / "train.labels.npy"
+    np.save(path, 1 - np.load(path))
+    assert open_images(tmp_path / "0", "train").fingerprint not in prints
+
+
 # ---------------------------------------------------------------- class folders
 
 @needs_pillow
@@ -173,7 +238,7 @@ def test_folders(tmp_path):
     (cat / "g.jpg").symlink_to(cat / "d.png")
     for hidden in ("train/.cache/x.jpg", "train/cat/.h.jpg", "train/cat/notes.txt"):
         (tmp_path / hidden).parent.mkdir(exist_ok=True)
-        (tmp_path / hidden).write_text("not an image")
+        (tmp_path / hidden).write_text("not an image of")
     train = open_images(tmp_path, "train")
     assert train.classes == ["cat", "dog"] and train.kind == "folder"
     assert [os.fsdecode(name) for name in train.names] == [
@@ -219,6 +284,55 @@ def test_every_kind_of_file_is_read_as_rgb(tmp_path, name, mode, how, error):
 
 
 @needs_pillow
+@pytest.mark.parametrize("name, dtype", [("x.png", "<u2"), ("x.tif", "<u2"), ("big.tif", ">u2"),
+                                         ("x.pgm", "<u2"), ("x.tif", "<i4")])
+def test_sixteen_bit_grey_is_scaled(tmp_path, name, dtype):
+    ramp = np.linspace(0, 65535, 4096).reshape(64, 64).round()
+    Image.fromarray(ramp.astype(dtype)).save(tmp_path / name)
+    got = np.asarray(images.read_image(tmp_path / name)).astype(float)
+    assert np.abs(got - ramp[..., None] / 257).max() <= 1
+
+
+@needs_pillow
+@pytest.mark.parametrize("pixels", [np.ones((4, 4), np.float32), np.full((4, 4), 70000, np.int32),
+                                    np.full((4, 4), -1, np.int32)])
+def test_pixels_of_no_known_range(tmp_path, pixels):
+    """Refused, where Pillow would saturate them."""
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    with refused(tmp_path / "x.tif", "range", "convert") as caught:
+        images.read_image(tmp_path / "x.tif")
+    assert "\n" not in str(caught.value)
+
+
+@needs_pillow
+@pytest.mark.parametrize("content", [
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", b"GIF89a"])
+def test_formats_of_other_names(tmp_path, monkeypatch, content):
+    """What none of the extensions stands for is not opened: PostScript would start Ghostscript."""
+    (tmp_path / "photo.png").write_bytes(content)
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho 10.0; touch {tmp_path}/started\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if content.startswith(b"GIF"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "photo.png", "GIF")
+    with refused("photo.png", "not an image of"):
+        images.read_image(tmp_path / "photo.png")
+    assert not (tmp_path / "started").exists()
+
+
+@needs_pillow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_what_is_no_file_is_left_out(tmp_path):
+    """FIFOs, devices, folders with an image's name; and the links to them."""
+    cat = class_folders(tmp_path, (2, 1)) / "train" / "cat"
+    os.mkfifo(cat / "pipe.png")
+    (cat / "to-pipe.png").symlink_to("pipe.png")
+    (cat / "device.png").symlink_to("/dev/zero")
+    (cat / "folder.png").mkdir()
+    assert len(open_images(tmp_path, "train")) == 3
+
+
+@needs_pillow
 def test_workers_read_files(tmp_path):
     train = open_images(class_folders(tmp_path), "train")
     transform = train_transform("torchvision", 12, policy="ta_wide")
@@ -253,7 +367,7 @@ def test_bad_folders(tmp_path):
 
 @needs_pillow
 @pytest.mark.parametrize("content, words, workers", [
-    (b"hello", "not an image", 0), (b"hello", "not an image", 2), (b"", "not an image", 0),
+    (b"hello", "not an image of", 0), (b"hello", "not an image of", 2), (b"", "not an image of", 0),
     ("half", "truncated", 0), (None, "No such file", 0)])
 def test_bad_files(tmp_path, content, words, workers):
     """Named in one sentence, also from a worker process."""
