@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from augment import normalize
-from download import MIRRORS, DataError, expand, fetch_any, one_at_a_time, verify
+from download import MIRRORS, DataError, expand, fetch_any, fingerprint, one_at_a_time, verify
 
 FASHION = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
            "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
@@ -82,6 +82,11 @@ class Data(NamedTuple):
     mean: tuple                 # one number per channel, 255 being 1
     std: tuple
     source: str                 # where it was read from
+
+    @property
+    def fingerprint(self):
+        """A checksum of what is trained and measured on."""
+        return fingerprint(*(tensor.cpu().numpy() for tensor in self[:4]))
 
 
 def load(name, data_dir="data", train_size=None, download=True):

@@ -269,6 +269,24 @@ def test_hostile_pickle(blobs, tmp_path):
             data.load("cifar10", tmp_path)
 
 
+def test_fingerprint(blobs, tmp_path):
+    """The same for each form of the same images; another where an image or a label differs."""
+    def check(**how):
+        return data.load("cifar10", tmp_path, **how).fingerprint
+    prints = []
+    for form, names in (("bin", "abc"), ("py", "xyz")):
+        place = put(tmp_path / form, **{n: blobs[f"{form}/{n}"] for n in names})
+        prints.append(data.load("cifar10", place).fingerprint)
+    assert prints[0] == prints[1] != check(train_size=5)
+    for file in "ac":
+        for at in (0, 9):                                       # a label, a pixel
+            blob = bytearray(blobs[f"bin/{file}"])
+            blob[at] = blob[at] ^ 1
+            prints.append(data.load("cifar10", put(tmp_path / "bin", **{file: blob})).fingerprint)
+        put(tmp_path / "bin", **{file: blobs[f"bin/{file}"]})
+    assert len(set(prints)) == 5
+
+
 # ---------------------------------------------------------------- Fashion-MNIST, paths
 
 def test_fashion(mirror, monkeypatch, tmp_path):  # noqa: F811

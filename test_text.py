@@ -3,15 +3,18 @@ import collections
 import gzip
 import hashlib
 import io
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 import download
 from test_download import md5, mirror, put, refused  # noqa: F401
-from text import (WIKITEXT, all_windows, load_text, num_windows, spell, windows, words,
-                  write_grammar)
+from text import (WIKITEXT, all_windows, load_text, num_windows, spell, split_characters, windows,
+                  words, write_grammar)
 
 
 def test_characters(tmp_path):
@@ -31,6 +34,54 @@ def test_characters(tmp_path):
     for part in ("train_size", "valid_size"):
         with refused(f"{part} is 999"):
             load_text(tmp_path / "plain", **{part: 999})
+
+
+def test_byte_order_mark(tmp_path):
+    """It is no character, nor part of a word; within a text it is one."""
+    put(tmp_path, plain=b"ab\nba" * 9, marked=b"\xef\xbb\xbf" + b"ab\nba" * 9,
+        inside=b"ab" + b"\xef\xbb\xbf" + b"ba" * 9)
+    plain, marked, inside = (load_text(tmp_path / name) for name in ("plain", "marked", "inside"))
+    assert marked.vocabulary == plain.vocabulary and torch.equal(marked.train, plain.train)
+    assert "\ufeff" in inside.vocabulary
+    put(tmp_path, **{"train.txt": b"\xef\xbb\xbfa b\n", "valid.txt": b"a\n"})
+    assert load_text("wikitext2", tmp_path).vocabulary == ["a", "b", "<eos>", "<unk>"]
+
+
+@pytest.mark.parametrize("count, dtype", [(256, torch.uint8), (257, torch.int16),
+                                          (32768, torch.int16), (32769, torch.int32)])
+def test_smallest_type(tmp_path, count, dtype):
+    """Tokens are stored in it, over several pieces of text; batches are int64."""
+    text = "".join(chr(0x10000 + i) for i in range(count)) * 2
+    loaded = split_characters(text, "here", piece=1000)
+    assert loaded.train.dtype == loaded.valid.dtype == dtype
+    both = torch.cat([loaded.train, loaded.valid]).long()
+    assert torch.equal(both, torch.arange(count).repeat(2)) and len(loaded.vocabulary) == count
+    for x, y in (next(windows(loaded.train, 8, 2, seed=0, epoch=0)),
+                 next(all_windows(loaded.valid, 8, 2))):
+        assert x.dtype == y.dtype == torch.int64 and torch.equal(x[:, 1:], y[:, :-1])
+    *_, (x, _) = all_windows(loaded.valid[:10], 8, 2)       # the rest
+    assert x.dtype == torch.int64
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux does it")
+def test_memory_per_character(tmp_path):
+    put(tmp_path, text=b"To be, or not to be, that is the question;\n" * 400_000)
+    code = ("import resource, sys, text\n"
+            "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            "before = peak(); loaded = text.load_text(sys.argv[1])\n"
+            "print((peak() - before) / (len(loaded.train) + len(loaded.valid)))")
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "text"], capture_output=True,
+                         text=True, cwd=Path(__file__).parent)
+    assert float(run.stdout) < 6, run.stderr
+
+
+def test_fingerprint(tmp_path):
+    """Of the tokens that are used and what they stand for."""
+    put(tmp_path, a=b"abcb" * 9, b=b"abcd" * 9, c=b"xyzy" * 9, d=b"abcb" * 9)
+    prints = [load_text(tmp_path / name).fingerprint for name in "abcd"]
+    prints += [load_text(tmp_path / "a", **{f"{part}_size": 2}).fingerprint
+               for part in ("train", "valid")]
+    assert prints[0] == prints[3] and len(set(prints)) == 5
 
 
 def test_bad_texts(tmp_path, monkeypatch):

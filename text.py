@@ -9,6 +9,7 @@ A text lives on the device whole; a batch is one gather out of it.
 import collections
 import gzip
 import io
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from download import FILES, MIRRORS, DataError, digest, expand, fetch_any, one_at_a_time, verify
+from download import (FILES, MIRRORS, DataError, digest, expand, fetch_any, fingerprint,
+                      one_at_a_time, verify)
 
 WIKITEXT = ("train.txt", "valid.txt", "test.txt")
 TEXTS = ("wikitext2", "grammar")
@@ -26,11 +28,17 @@ GRAMMAR_SEED = 0
 
 class Text(NamedTuple):
     """Two texts as tokens, on the CPU."""
-    train: torch.Tensor  # (N,) int64
-    valid: torch.Tensor  # (M,) int64
+    train: torch.Tensor  # (N,) of the smallest integer type; windows() makes int64 of it
+    valid: torch.Tensor  # (M,) likewise
     vocabulary: list     # token number -> character or word
     unit: str            # "character" or "word"
     source: str          # where it was read from
+
+    @property
+    def fingerprint(self):
+        """A checksum of what is trained and measured on."""
+        return fingerprint(self.train.cpu().numpy(), self.valid.cpu().numpy(),
+                           "\n".join(self.vocabulary))
 
 
 def load_text(name, data_dir="data", train_file=None, valid_file=None, train_size=None,
@@ -69,21 +77,39 @@ def decode(blob, where):
     try:
         if blob[:2] == b"\x1f\x8b":
             blob = gzip.decompress(blob)
-        return blob.decode("utf-8")
+        return blob.decode("utf-8-sig")  # without the mark that some editors put in front
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{where} is no UTF-8 text, plain or gzipped ({error}); give another "
                         "file.") from error
 
 
-def split_characters(text, source):
-    """A Text by characters: the first nine tenths for training, the rest for validation."""
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    used, tokens = np.unique(codes, return_inverse=True)
-    if len(used) < 2:
-        raise DataError(f"{source} holds {len(codes)} characters, {len(used)} different ones: "
+def split_characters(text, source, piece=1 << 20):
+    """A Text by characters: the first nine tenths for training, the rest for validation.
+
+    Goes through the text twice, `piece` characters at a time: besides the text itself (a byte a
+    character, mostly) only the tokens take memory.
+    """
+    def pieces():
+        for i in range(0, len(text), piece):
+            yield i, np.frombuffer(text[i:i + piece].encode("utf-32-le"), "<u4")
+    used = np.zeros(sys.maxunicode + 1, bool)
+    for _, codes in pieces():
+        used[codes] = True
+    vocabulary = np.flatnonzero(used)
+    if len(vocabulary) < 2:
+        raise DataError(f"{source} holds {len(text)} characters, {len(vocabulary)} different ones: "
                         "there is nothing to learn in it; give another file.")
-    tokens, cut = torch.from_numpy(tokens.astype(np.int64)), len(codes) * 9 // 10
-    return Text(tokens[:cut], tokens[cut:], [chr(code) for code in used], "character", source)
+    number = (used.cumsum() - 1).astype(smallest_type(len(vocabulary)))
+    tokens = np.empty(len(text), number.dtype)
+    for i, codes in pieces():
+        tokens[i:i + len(codes)] = number[codes]
+    tokens, cut = torch.from_numpy(tokens), len(tokens) * 9 // 10
+    return Text(tokens[:cut], tokens[cut:], list(map(chr, vocabulary)), "character", source)
+
+
+def smallest_type(count):
+    """The smallest integer type, of those that torch can index, for the numbers below count."""
+    return np.uint8 if count <= 1 << 8 else np.int16 if count <= 1 << 15 else np.int32
 
 
 def load_wikitext(data_dir, train_file, valid_file, download):
@@ -101,7 +127,8 @@ def load_wikitext(data_dir, train_file, valid_file, download):
         vocabulary.append("<unk>")
     number = {word: i for i, word in enumerate(vocabulary)}
     unknown = number["<unk>"]
-    tokens = [torch.tensor([number.get(word, unknown) for word in text], dtype=torch.int64)
+    tokens = [torch.from_numpy(np.array([number.get(word, unknown) for word in text],
+                                        smallest_type(len(vocabulary))))
               for text in (train, valid)]
     return Text(*tokens, vocabulary, "word", f"{source}: {train_file} and {valid_file}")
 
@@ -231,7 +258,7 @@ def windows(tokens, context, batch_size, *, seed, epoch):
     inside = torch.arange(context + 1)
     for chunk in starts.split(batch_size):
         if len(chunk) == batch_size:
-            both = tokens[(chunk[:, None] + inside).to(tokens.device)]      # (B, context + 1)
+            both = tokens[(chunk[:, None] + inside).to(tokens.device)].long()  # (B, context + 1)
             yield both[:, :-1], both[:, 1:]
 
 
@@ -240,8 +267,11 @@ def all_windows(tokens, context, batch_size):
 
     x and y are (up to batch_size, context); the last one is the rest, (1, less than context).
     """
-    whole = (len(tokens) - 1) // context
-    x, y = (part[:whole * context].view(whole, context) for part in (tokens[:-1], tokens[1:]))
-    yield from zip(x.split(batch_size), y.split(batch_size)) if whole else ()
-    if len(tokens) - 1 > whole * context:
-        yield tokens[None, whole * context:-1], tokens[None, whole * context + 1:]
+    step = batch_size * context
+    whole = (len(tokens) - 1) // context * context
+    for i in range(0, whole, step):
+        both = tokens[i:min(i + step, whole) + 1].long()
+        yield both[:-1].view(-1, context), both[1:].view(-1, context)
+    if len(tokens) - 1 > whole:
+        both = tokens[None, whole:].long()
+        yield both[:, :-1], both[:, 1:]
