@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from download import DataError
 
 INTERPOLATIONS = ("bilinear", "bicubic")
-MEAN_COLOUR = (124, 116, 104)  # 255 times the mean of ImageNet's pixels
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, 255 being 1
 
 
 @functools.lru_cache(None)
@@ -114,14 +114,15 @@ def jitter(image, strength, rng):
 
 
 def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 1.0),
-                    ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=None):
+                    ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=None, mean=MEAN):
     """A callable transform(image, rng) -> (3, size, size) uint8 tensor, for training.
 
     recipe "torchvision" (the ResNets') or "timm" (the transformers') sets what is None:
-    interpolation: bilinear, or "random" (bilinear or bicubic, a coin per image).
+    interpolation: bilinear, or "random" (bilinear or bicubic, a coin per image); the policy's too.
     color_jitter: none, or 0.4; never with a policy.
     policy: None, "ta_wide" or as in "rand-m9-mstd0.5-inc1"; see trivial_augment and RandAugment.
-    scale, ratio: of the random crop; hflip: probability of mirroring. Raises DataError.
+    scale, ratio: of the random crop; hflip: probability of mirroring. mean: what images will be
+    normalised with, and RandAugment fills with. Raises DataError.
     """
     timm = is_timm(recipe)
     interpolation = interpolation or ("random" if timm else "bilinear")
@@ -129,9 +130,10 @@ def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 
     if policy:
         pillow(f"the policy {policy}")
         if policy == "ta_wide":
-            policy = trivial_augment
+            policy = functools.partial(trivial_augment, interpolation=interpolation)
         elif policy.split("-")[0] == "rand":
-            policy = RandAugment(policy, interpolation)
+            fill = tuple(min(255, round(255 * level)) for level in mean)
+            policy = RandAugment(policy, interpolation, fill)
         else:
             raise DataError(f"no augmentation policy is called '{policy}'; choose ta_wide, or "
                             "RandAugment as in rand-m9-mstd0.5-inc1.")
@@ -140,13 +142,16 @@ def train_transform(recipe, size, interpolation=None, policy=None, scale=(0.08, 
         ratio=ratio, hflip=hflip, color_jitter=color_jitter)
 
 
+def toss(interpolation, rng):
+    """A filter's name, where "random" stands for either."""
+    return INTERPOLATIONS[rng.integers(2)] if interpolation == "random" else interpolation
+
+
 def crop_and_augment(image, rng, *, size, interpolation, policy, scale, ratio, hflip,
                      color_jitter):
     """image: PIL RGB or (H, W, 3) uint8; rng: numpy Generator. (3, size, size) uint8."""
     box = random_crop(*size_of(image), scale, ratio, rng)
-    if interpolation == "random":
-        interpolation = INTERPOLATIONS[rng.integers(2)]
-    image = resize(image, box, (size, size), interpolation)
+    image = resize(image, box, (size, size), toss(interpolation, rng))
     if rng.random() < hflip:
         image = image.flip(2)
     if policy:  # made of Pillow's operations
@@ -220,22 +225,23 @@ TRIVIAL_AUGMENT = ("identity", "shear_x", "shear_y", "translate_x", "translate_y
                    "autocontrast", "equalize")
 
 
-def trivial_augment(image, rng):
+def trivial_augment(image, rng, interpolation="bilinear"):
     """TrivialAugment (arXiv 2103.10158), the wide space: one operation of 14, one strength of 31.
 
     The strengths are torchvision's; what has two directions takes either.
     """
     name = TRIVIAL_AUGMENT[rng.integers(len(TRIVIAL_AUGMENT))]
     step, sign = int(rng.integers(31)), 1 - 2 * int(rng.integers(2))
-    return operate(image, name, trivial_value(name, step, sign))
+    return operate(image, name, trivial_value(name, step, sign), toss(interpolation, rng))
 
 
 def trivial_value(name, step, sign):
     """What `operate` gets for a strength of 0 to 30 and a sign."""
     if name in ("brightness", "color", "contrast", "sharpness"):
         return 1 + sign * 0.033 * step
+    pixels = 15 if step == 15 else 32 * step // 30  # torch.linspace gives torchvision 15.999999
     return {"shear_x": sign * 0.033 * step, "shear_y": sign * 0.033 * step,
-            "translate_x": -int(sign * 32 * step / 30), "translate_y": -int(sign * 32 * step / 30),
+            "translate_x": -sign * pixels, "translate_y": -sign * pixels,
             "rotate": sign * 4.5 * step, "posterize": 8 - round(step / 5),
             "solarize": 255 - 8.5 * step}.get(name)
 
@@ -252,10 +258,11 @@ class RandAugment:
     image (2); p0.5: the probability of each (0.5); mstd0.5: the standard deviation of the
     magnitude (0), above 100 it is uniform from 0 to m; mmax10: its upper limit (10); inc1: the
     operations whose effect grows with the magnitude throughout. (timm's w and t, weights and sets
-    of operations, are not understood.) interpolation: as train_transform's. Raises DataError.
+    of operations, are not understood.) interpolation: as train_transform's. fill: the colour of
+    what comes in from outside. Raises DataError.
     """
 
-    def __init__(self, text, interpolation="random"):
+    def __init__(self, text, interpolation="random", fill=(124, 116, 104)):
         kinds = {"m": int, "n": int, "p": float, "mstd": float, "mmax": int, "inc": str}
         options = {"m": 10, "n": 2, "p": 0.5, "mstd": 0.0, "mmax": 10, "inc": ""}
         for word in text.split("-")[1:]:
@@ -268,6 +275,7 @@ class RandAugment:
         self.magnitude, self.layers, self.prob = options["m"], options["n"], options["p"]
         self.deviation, self.largest = options["mstd"], options["mmax"]
         self.increasing, self.interpolation = bool(options["inc"]), interpolation
+        self.fill = fill
         if self.layers < 1 or self.prob > 1:
             raise DataError(f"the policy '{text}' needs n of at least 1 and p of at most 1.")
 
@@ -281,12 +289,10 @@ class RandAugment:
             elif self.deviation > 0:
                 magnitude = rng.normal(magnitude, self.deviation)
             level = min(max(magnitude, 0.0), self.largest) / 10
-            interpolation = self.interpolation
-            if interpolation == "random":
-                interpolation = INTERPOLATIONS[rng.integers(2)]
+            interpolation = toss(self.interpolation, rng)
             sign = 1 - 2 * int(rng.integers(2))
             value = self.value(RAND_AUGMENT[k], level, sign, image.size)
-            image = operate(image, RAND_AUGMENT[k], value, interpolation, MEAN_COLOUR)
+            image = operate(image, RAND_AUGMENT[k], value, interpolation, self.fill)
         return image
 
     def value(self, name, level, sign, size):

@@ -425,7 +425,37 @@ def test_trivial_augment():
     ends |= dict.fromkeys(("brightness", "color", "contrast", "sharpness"), (0.01, 1.99))
     for name, (low, high) in ends.items():   # not each of 61 strengths must have come
         assert (min(seen[name]), max(seen[name])) == pytest.approx((low, high), abs=0.07 * high)
-    assert all(isinstance(pixels, int) for pixels in seen["translate_x"])
+    for axis in "xy":        # as torchvision: torch.linspace gives 15.999999 at strength 15
+        pixels = [-augment.trivial_value(f"translate_{axis}", step, 1) for step in range(31)]
+        assert pixels == [*range(16), *range(17, 31), 32] and isinstance(pixels[0], int)
+        assert augment.trivial_value(f"translate_{axis}", 15, -1) == 15
+
+
+@needs_pillow
+@pytest.mark.parametrize("policy", ["ta_wide", "rand-m9-p1"])
+@pytest.mark.parametrize("interpolation, want", [
+    ("bilinear", {"bilinear"}), ("bicubic", {"bicubic"}), ("random", {"bilinear", "bicubic"})])
+def test_interpolation_reaches_the_policies(policy, interpolation, want):
+    """As in torchvision, where --interpolation is that of training, its policies included."""
+    policy = train_transform("torchvision", 8, interpolation, policy).keywords["policy"]
+    assert {call[2] for entry in drawn(policy, 40) for call in entry} == want
+
+
+@pytest.mark.parametrize("interpolation", augment.INTERPOLATIONS)
+def test_interpolation_of_the_crop(interpolation):
+    image, rng = smooth_image(1, 30, 40), random_state(2)
+    box = augment.random_crop(30, 40, (0.08, 1.0), (3 / 4, 4 / 3), rng)
+    got = train_transform("torchvision", 16, interpolation, hflip=0)(image, random_state(2))
+    assert torch.equal(got, augment.resize(image, box, (16, 16), interpolation))
+
+
+@needs_pillow
+def test_mean_colour_fills_the_border():
+    """timm's: of the mean that images are normalised with; torchvision fills with black."""
+    for recipe, policy, fill in (("timm", "rand-m9-p1", (128, 51, 255)),
+                                 ("torchvision", "ta_wide", (0, 0, 0))):
+        policy = train_transform(recipe, 8, policy=policy, mean=(0.5, 0.2, 1.0)).keywords["policy"]
+        assert {call[3] for entry in drawn(policy, 40) for call in entry} == {fill}
 
 
 def test_rand_augment():
