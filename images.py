@@ -474,29 +474,39 @@ def packed_already(dst, split, about):
     return True
 
 
+@contextlib.contextmanager
+def completed(path):
+    """A file to write that gets its name when all of it is on the disk, and else disappears."""
+    part = path + ".part"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+
+
 def write_packed(dst, split, source, about, workers):
     """Write one split; returns a line that says what."""
     size = about["size"]
     transform = eval_transform(size, size, "bicubic")
     loader = ImageLoader(source, transform, 64, seed=0, train=False, workers=workers)
     place = os.path.join(dst, f"{split}.images.npy")
-    with open(place + ".part", "wb") as file, tqdm(
+    with completed(place) as file, tqdm(
             desc=f"packing {split}", total=len(source), unit=" images", disable=None) as bar:
         np.lib.format.write_array_header_1_0(file, {
             "descr": "|u1", "fortran_order": False, "shape": (len(source), size, size, 3)})
         for images, _ in loader:
             file.write(images.permute(0, 2, 3, 1).contiguous().numpy().data)
             bar.update(len(images))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(place + ".part", place)
-    np.save(os.path.join(dst, f"{split}.labels.npy"), source.labels)
-    path = os.path.join(dst, f"{split}.packed.json")
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(about, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
+    with completed(os.path.join(dst, f"{split}.labels.npy")) as file:
+        np.save(file, source.labels)
+    with completed(os.path.join(dst, f"{split}.packed.json")) as file:
+        file.write(json.dumps(about).encode())
     return (f"{place}: {len(source)} images of {size}x{size}, {len(source.classes)} classes, "
             f"{os.path.getsize(place) / 1e6:.1f} MB")
 

@@ -1,4 +1,5 @@
 """images.py: class folders, batches in worker processes, packed arrays, signals."""
+import errno
 import multiprocessing
 import os
 import pickle
@@ -474,6 +475,25 @@ def test_pack_again(tmp_path, capsys):
     bad = run_pack(files, tmp_path / "other", "--size", 24)
     assert bad.returncode == 2 and "bad.png" in bad.stderr and bad.stderr.count("\n") == 1, bad
     assert not (tmp_path / "other" / "train.packed.json").exists()
+
+
+@needs_pillow
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors have names on Linux")
+@pytest.mark.parametrize("full", ["train.images.npy", "train.labels.npy", "train.packed.json"])
+def test_packing_onto_a_full_disk(tmp_path, monkeypatch, full):
+    """One sentence, and nothing half-written is left to fill it."""
+    def no_space(descriptor):
+        if os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")) == full + ".part":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", no_space)
+    with refused(tmp_path / "packed", "No space left"):
+        images.pack(class_folders(tmp_path / "files"), tmp_path / "packed", 8)
+    assert not list((tmp_path / "packed").glob("*.part"))
+    with refused("train"):
+        open_images(tmp_path / "packed", "train")
+    monkeypatch.undo()
+    images.pack(tmp_path / "files", tmp_path / "packed", 8)
+    assert len(open_images(tmp_path / "packed", "train")) == 9
 
 
 def test_foreign_packing(tmp_path):
