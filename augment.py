@@ -413,34 +413,24 @@ class Finish:
 
     def erase(self, x, rng):
         """Fill one random rectangle in some of the images, in place. x: (B, 3, H, W) float."""
-        if self.erase_prob <= 0:
-            return x
-        batch, _, height, width = x.shape
-        chosen = np.flatnonzero(rng.random(batch) < self.erase_prob)
+        height, width = x.shape[2:]
         largest, ratio = (1 / 3, 1 / 0.3) if self.timm else (0.33, 3.3)
-        area = rng.uniform(0.02, largest, (len(chosen), 10)) * height * width  # ten tries each
-        aspect = np.exp(rng.uniform(math.log(0.3), math.log(ratio), area.shape))
-        h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        place = rng.random((2, len(chosen)))
-        noise = int(rng.integers(2 ** 62))
-        fits = (h < height) & (w < width)
-        first = fits.argmax(1)[:, None]
-        h, w = (np.take_along_axis(side, first, 1)[:, 0] for side in (h, w))
-        top, left = np.floor(place[0] * (height - h + 1)), np.floor(place[1] * (width - w + 1))
-        boxes = np.stack((chosen, top, top + h, left, left + w))[:, fits.any(1)].astype(np.int64)
-        if boxes.shape[1] == 0:
-            return x
-        images, *edges = torch.from_numpy(boxes).to(x.device)
-        top, bottom, left, right = (edge.view(-1, 1, 1, 1) for edge in edges)
-        i = torch.arange(height, device=x.device)[:, None]
-        j = torch.arange(width, device=x.device)
-        inside = (i >= top) & (i < bottom) & (j >= left) & (j < right)         # (n, 1, H, W)
-        fill = 0.0
-        if self.erase_mode != "const":
-            generator = torch.Generator(x.device).manual_seed(noise)
-            shape = x.shape[1:] if self.erase_mode == "pixel" else (3, 1, 1)
-            fill = torch.randn((len(images), *shape), generator=generator, device=x.device)
-        x[images] = torch.where(inside, fill, x[images])
+        chosen = np.flatnonzero(rng.random(len(x)) < self.erase_prob).tolist()
+        generator = torch.Generator(x.device).manual_seed(int(rng.integers(2 ** 62)))
+        for i in chosen:
+            for _ in range(10):  # tries
+                area = rng.uniform(0.02, largest) * height * width
+                aspect = math.exp(rng.uniform(math.log(0.3), math.log(ratio)))
+                h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                if h < height and w < width:
+                    top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+                    part = x[i, :, top:top + h, left:left + w]
+                    if self.erase_mode == "const":
+                        part.zero_()
+                    else:
+                        shape = part.shape if self.erase_mode == "pixel" else (3, 1, 1)
+                        part.copy_(torch.randn(shape, generator=generator, device=x.device))
+                    break
         return x
 
 

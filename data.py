@@ -67,9 +67,7 @@ STATISTICS = {
     "shapes": (10, (0.361, 0.361, 0.361), (0.251, 0.251, 0.251)),
 }
 
-# ----------------------------------------------------------------------------------------
-# Loading
-# ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- loading
 
 
 class Data(NamedTuple):
@@ -114,35 +112,26 @@ def load(name, data_dir="data", train_size=None, download=True):
         what = error.filename or data_dir
         raise DataError(f"cannot use {what}: {error.strerror or error}. Put that right or give "
                         f"another folder with --data_dir.") from error
-    train = [first(array, train_size, name) for array in train]
+    if train_size is not None and train_size > len(train[1]):
+        raise DataError(f"train_size is {train_size}, but {name} has only {len(train[1])} training "
+                        "images.")
+    train = [array[:train_size].copy() for array in train]  # so that the others can be freed
     tensors = [torch.from_numpy(array) for array in (*train, *test)]
     return Data(*tensors, *STATISTICS[name], source)
 
 
-def first(array, size, name):
-    """The first `size` items (all if None), copied so that the others can be freed."""
-    if size is None or size == len(array):
-        return array
-    if size > len(array):
-        raise DataError(f"train_size is {size}, but {name} has only {len(array)} training images.")
-    return array[:size].copy()
-
-
 def load_cifar(name, data_dir, download):
     """(train, test, source): both splits as (images (N, 3, 32, 32) uint8, labels (N,) int64)."""
-    releases = RELEASES[name]
-    found = find_release(releases, data_dir)
-    archives = " or ".join(release.archive for release in releases)
-    hint = (f"Put {archives} into {data_dir} by hand, or use --dataset shapes, which needs no "
-            f"download.")
+    found = find_release(name, data_dir)
+    hint = (f"Put {' or '.join(release.archive for release in RELEASES[name])} into {data_dir} by "
+            "hand, or use --dataset shapes, which needs no download.")
     if found is None and not download:
         raise DataError(f"{name} is not in {data_dir}, and downloading is switched off. {hint}")
     if found is None:
         with one_at_a_time(data_dir):
-            found = find_release(releases, data_dir)  # another process may have been faster
-            if found is None:
+            if not find_release(name, data_dir):  # else another process was faster
                 fetch_any(MIRRORS[name], data_dir, f"{name} could not be downloaded.", hint)
-                found = find_release(releases, data_dir)
+        found = find_release(name, data_dir)
     path, release = found
     blobs = read_folder(path, release) if path.is_dir() else read_archive(path, release)
     splits = []
@@ -157,9 +146,9 @@ def load_cifar(name, data_dir, download):
     return *splits, f"{path} ({how})"
 
 
-def find_release(releases, data_dir):
+def find_release(name, data_dir):
     """(path, release) of the first form found in data_dir, folder before archive; or None."""
-    for release in releases:
+    for release in RELEASES[name]:
         files = [*release.train, *release.test]
         # data_dir may itself be the unpacked folder, under any name if it is complete
         if data_dir.name == release.folder or all((data_dir / f).is_file() for f in files):
@@ -300,9 +289,7 @@ def check_labels(labels, num_classes, where):
                         "damaged or another data set; replace it.")
 
 
-# ----------------------------------------------------------------------------------------
-# Shapes: ten classes drawn by numpy
-# ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- shapes, drawn by numpy
 
 SHAPES = ("disc", "square", "triangle", "star", "cross",
           "ring", "crescent", "heart", "arrow", "hourglass")
@@ -433,9 +420,7 @@ def outline(shape, x, y):
         return np.maximum((abs(x) - abs(y)) * 0.75 - 0.06, abs(y) - 0.85)
 
 
-# ----------------------------------------------------------------------------------------
-# Batches
-# ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- batches
 
 
 def num_batches(count, batch_size, train):
@@ -510,9 +495,7 @@ def cut_out(x, generator, side):
     return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
 
 
-# ----------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- command line
 
 
 def main():

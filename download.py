@@ -14,14 +14,14 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import multiprocessing
 import os
-import queue
 import stat
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 from tqdm import tqdm
@@ -189,15 +189,6 @@ class Useless(MirrorError):
     """It need not be asked again."""
 
 
-@contextlib.contextmanager
-def network():
-    """Turn whatever the network raises into MirrorError."""
-    try:
-        yield
-    except (OSError, http.client.HTTPException) as error:
-        raise MirrorError(in_words(error)) from error
-
-
 def fetch_any(urls, folder, problem, hint):
     """Put the file of the first mirror that delivers it, verified, into `folder`.
 
@@ -247,82 +238,75 @@ def fetch_verified(url, part, size, checksum):
 
 def fetch(url, part, start, size):
     """Add to `part`, which has `start` bytes, what `url` has beyond them."""
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (data.py)"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-    with network():
-        try:
-            response = in_time(lambda: urllib.request.urlopen(request, timeout=TIMEOUT))
-        except urllib.error.HTTPError as error:
-            if start and error.code == 416:
-                return  # nothing beyond: the checksum will tell whether that is the whole file
-            raise
-    with response:
-        if response.status != 206:
-            start = 0  # a server that knows no ranges sends everything again
-        elif not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
-            raise MirrorError("sends another range than it was asked for")
-        length = response.headers["Content-Length"]
-        total = start + int(length) if length else size
-        if size is not None and total != size:  # before anything on disk is overwritten
-            raise MirrorError(f"offers {total} bytes instead of {size}")
-        if total is not None and total > max(size or 0, MOST):
-            raise MirrorError(f"offers {total} bytes, more than the {MOST} expected")
-        received = save(response, part, start, total, size or MOST)
-    if total is not None and received != total:
-        raise MirrorError(f"broke off after {received} of {total} bytes")
-
-
-def in_time(call):
-    """What call() returns. A host that drips its headers keeps to TIMEOUT, and never ends."""
-    result = queue.Queue()
-
-    def work():
-        try:
-            result.put((call(), None))
-        except Exception as error:
-            result.put((None, error))
-    threading.Thread(target=work, daemon=True).start()  # left to itself when time is up
-    try:
-        value, error = result.get(timeout=PATIENCE)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error:
-        raise error
-    return value
-
-
-def save(response, part, start, total, most):
-    """Write the response into `part` from byte `start` on; return how many bytes it then has."""
+    answer = receive(url, start, size)
+    start, total = next(answer)
     with open(part, "ab", opener=plain_file) as file, tqdm(
             desc=part.stem, initial=start, total=total, unit="B", unit_scale=True,
             disable=None) as bar:  # None: quiet where stderr is no terminal
         file.truncate(start)
         file.seek(start)
-        since, before = time.monotonic(), start
-        while True:
-            with network():
-                block = response.read1(1 << 18)  # what is there; read() could lose it waiting
-            if not block:
-                break
-            if file.tell() + len(block) > most:
+        for block in answer:
+            if file.tell() + len(block) > (size or MOST):
                 file.truncate(start)  # of no use to anybody
-                raise Useless(f"sends more than the {most} bytes expected")
+                raise Useless(f"sends more than the {size or MOST} bytes expected")
             file.write(block)
             bar.update(len(block))
-            if time.monotonic() - since > PATIENCE:
-                if file.tell() - before < PATIENCE * SLOWEST:
-                    raise Useless(f"sends less than {SLOWEST} bytes a second")
-                since, before = time.monotonic(), file.tell()
         file.flush()
         os.fsync(file.fileno())
-        return file.tell()
+        received = file.tell()
+    if total is not None and received != total:
+        raise MirrorError(f"broke off after {received} of {total} bytes")
+
+
+def receive(url, start, size):
+    """Yield where the answer of a mirror begins and the whole size, then its blocks of bytes."""
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (data.py)"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    try:
+        with ask(request) as response:
+            if response.status == 416:  # nothing beyond: is it the whole file? The checksum tells
+                yield start, start
+                return
+            if response.status >= 400:
+                raise MirrorError(f"HTTP {response.status} {response.reason}")
+            if response.status != 206:
+                start = 0  # a server that knows no ranges sends everything again
+            elif not (response.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
+                raise MirrorError("sends another range than it was asked for")
+            length = response.headers["Content-Length"]
+            total = start + int(length) if length else size
+            if size is not None and total != size:  # before anything on disk is overwritten
+                raise MirrorError(f"offers {total} bytes instead of {size}")
+            if size is None and (total or 0) > MOST:
+                raise MirrorError(f"offers {total} bytes, more than the {MOST} expected")
+            yield start, total
+            since, got = time.monotonic(), 0
+            while block := response.read1(1 << 18):  # what is there; read() could lose it waiting
+                yield block
+                got += len(block)
+                if time.monotonic() - since > PATIENCE:
+                    if got < PATIENCE * SLOWEST:
+                        raise Useless(f"sends less than {SLOWEST} bytes a second")
+                    since, got = time.monotonic(), 0
+    except (OSError, http.client.HTTPException) as error:
+        raise MirrorError(in_words(error)) from error
+
+
+def ask(request):
+    """The response, of any status. In a thread of its own, since headers may drip without end."""
+    with ThreadPool(1) as pool:
+        answer = pool.apply_async(urllib.request.urlopen, (request,), {"timeout": TIMEOUT})
+        try:
+            return answer.get(PATIENCE)
+        except urllib.error.HTTPError as error:
+            return error
+        except multiprocessing.TimeoutError:
+            raise TimeoutError from None
 
 
 def in_words(error):
     """Why a mirror failed, in a few words."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
     error = getattr(error, "reason", error)  # URLError wraps the real one
     if isinstance(error, TimeoutError):
         return "no answer in time"

@@ -511,24 +511,20 @@ def write_packed(dst, split, source, about, workers):
             f"{os.path.getsize(place) / 1e6:.1f} MB")
 
 
-# ----------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- command line
 
 
 def main():
     parser = argparse.ArgumentParser(description="Prepare class folders of images.")
-    commands = parser.add_subparsers(required=True, metavar="pack")
-    packing = commands.add_parser(
-        "pack", help="write class folders as uint8 arrays, which are read without decoding and "
-        "without Pillow")
-    packing.add_argument("src", help="folder with train/<class>/ and val/<class>/")
-    packing.add_argument("dst", help="folder for the arrays; give it to train_imagenet.py")
-    packing.add_argument("--size", type=int, default=256,
-                         help="pixels of a side: the short side is scaled to it and the centre "
-                         "kept (default: 256; a million images need 197 GB)")
-    packing.add_argument("--workers", type=int, default=os.cpu_count(),
-                         help="processes that decode (default: the machine's cores)")
+    parser.add_argument("command", choices=["pack"], help="write them as uint8 arrays, which are "
+                        "read without decoding and without Pillow")
+    parser.add_argument("src", help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument("dst", help="folder for the arrays; give it to train_imagenet.py")
+    parser.add_argument("--size", type=int, default=256,
+                        help="pixels of a side: the short side is scaled to it and the centre "
+                        "kept (default: 256; a million images need 197 GB)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="processes that decode (default: the machine's cores)")
     args = parser.parse_args()
     try:
         if args.size < 1 or args.workers < 0:
