@@ -93,15 +93,16 @@ def expand(path):
     return path
 
 
-def digest(path, algorithm):
-    """Hexadecimal checksum of a file."""
+def matches(path, checksum):
+    """Whether a file has a checksum as in FILES; git's is the id that it gives a file."""
+    algorithm, right = checksum.split(":")
     value = hashlib.new("sha1" if algorithm == "git" else algorithm, usedforsecurity=False)
-    if algorithm == "git":  # the id that git gives a file
+    if algorithm == "git":
         value.update(b"blob %d\0" % os.path.getsize(path))
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             value.update(block)
-    return value.hexdigest()
+    return value.hexdigest() == right
 
 
 def fingerprint(*parts):
@@ -117,17 +118,11 @@ def fingerprint(*parts):
 
 def verify(path):
     """Raise DataError unless `path` is, byte for byte, the published file of that name."""
-    size, checksum = FILES[path.name]
-    algorithm, right = checksum.split(":")
-    actual = path.stat().st_size
-    if size is not None and actual != size:
-        problem = f"it has {actual} bytes instead of {size}"
-    elif (value := digest(path, algorithm)) != right:
-        problem = f"its {algorithm} is {value} instead of {right}"
-    else:
-        return
-    raise DataError(f"{path} is damaged or incomplete ({problem}). Remove it and run again to "
-                    "have it downloaded, or replace it by the published file.")
+    checksum = FILES[path.name][1]
+    if not matches(path, checksum):
+        raise DataError(f"{path} is damaged or incomplete: its {path.stat().st_size} bytes have "
+                        f"not the checksum {checksum}. Remove it and run again to have it "
+                        "downloaded, or replace it by the published file.")
 
 
 @contextlib.contextmanager
@@ -137,14 +132,17 @@ def one_at_a_time(folder):
     Leaves nothing behind: no lock, and no folder that it made and nobody filled.
     """
     new, path = [], folder / ".lock"
-    while True:
+    for tries_left in reversed(range(1000)):
         new += [place for place in (folder, *folder.parents) if not place.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # who had the lock before removes it
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock = open(path, "a", opener=plain_file)
             wait_for(lock, folder)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                 break
+        except (FileNotFoundError, FileExistsError):  # who had the lock removed it, or the folder
+            if not tries_left:
+                raise
     try:
         yield
     finally:
@@ -178,7 +176,7 @@ def plain_file(path, flags):
     if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EEXIST, "it is a link or no file; remove it", os.fspath(path))
+    raise OSError(errno.EPERM, "it is a link or no file; remove it", os.fspath(path))
 
 
 class MirrorError(Exception):
@@ -215,7 +213,6 @@ def fetch_any(urls, folder, problem, hint):
 
 def fetch_verified(url, part, size, checksum):
     """Complete `part` from one mirror until its checksum is right; MirrorError if it cannot."""
-    algorithm, right = checksum.split(":")
     for _ in range(TRIES):
         before = part.stat().st_size if part.exists() else 0
         try:
@@ -227,7 +224,7 @@ def fetch_verified(url, part, size, checksum):
             if not part.exists() or part.stat().st_size <= before:
                 break  # it gave nothing; if it gave something, ask it for the rest
         else:
-            if digest(part, algorithm) == right:
+            if matches(part, checksum):
                 return
             part.unlink()
             problem = MirrorError("what it sends has the wrong checksum")

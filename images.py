@@ -66,7 +66,19 @@ def eight_bits(pixels, path):
     return (pixels / 257).round().astype(np.uint8)  # 65535 = 255 · 257
 
 
-class FolderImages:
+class Source:
+    """One split of a data set, whose images are read one at a time.
+
+    labels: (N,) int64 array. classes: their names. where: what to call it in a message.
+    fingerprint: a checksum of names and labels. read(i): a PIL image of mode RGB, or an
+    (H, W, 3) uint8 array, the same whenever and in whatever process it is asked for.
+    """
+
+    def __len__(self):
+        return len(self.labels)
+
+
+class FolderImages(Source):
     """Image files in class folders, listed once, decoded when they are asked for.
 
     folder/<class>/**/<file> with an extension of EXTENSIONS in either case; links are followed,
@@ -74,7 +86,6 @@ class FolderImages:
     classes: the training split's names, which these folders must have; None for that split.
     Raises DataError.
     """
-    kind = "folder"
 
     def __init__(self, folder, classes=None):
         pillow()
@@ -100,9 +111,6 @@ class FolderImages:
         self.names = np.array(names)
         self.labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
 
-    def __len__(self):
-        return len(self.labels)
-
     @property
     def fingerprint(self):
         """Of all names and labels, and the sizes of some files: a million would take minutes."""
@@ -114,7 +122,6 @@ class FolderImages:
         return os.path.join(self.folder, self.classes[self.labels[i]], os.fsdecode(self.names[i]))
 
     def read(self, i):
-        """Image i, a PIL image of mode RGB."""
         return read_image(self.path(i))
 
 
@@ -145,25 +152,22 @@ def check_classes(found, wanted, where):
     """Raise DataError unless the class names are those of the training split."""
     if wanted is not None and list(found) != list(wanted):
         extra, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
-        parts = ([f"lacks {quoted(missing)}"] if missing else []) + (
-            [f"has {quoted(extra)}, unknown to training"] if extra else [])
-        raise DataError(f"{where} must have the same classes as the training images, but it "
-                        f"{' and '.join(parts)}.")
+        raise DataError(f"{where} must have the same classes as the training images, but lacks "
+                        f"{quoted(missing)} and has {quoted(extra)} that training has not.")
 
 
 def quoted(names, most=3):
     """A few names in a row, for messages."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"'{name}'" for name in names[:most]) + more
+    return ", ".join(f"'{name}'" for name in names[:most]) + more or "none"
 
 
-class PackedImages:
+class PackedImages(Source):
     """One split of a folder that `python images.py pack` wrote; read without Pillow.
 
     SPLIT.images.npy (N, S, S, 3) uint8, SPLIT.labels.npy (N,) int64, SPLIT.packed.json
     with the rest, which is written last: a split without it is unfinished. Raises DataError.
     """
-    kind = "packed"
 
     def __init__(self, folder, split, classes=None):
         self.file = os.path.join(folder, f"{split}.images.npy")
@@ -194,19 +198,14 @@ class PackedImages:
     def __getstate__(self):  # a worker maps the file for itself: pickling would send its content
         return {**self.__dict__, "images": None}
 
-    def __len__(self):
-        return len(self.labels)
-
-    def read(self, i):
-        """Image i, a (S, S, 3) uint8 array that is read from the disk as it is used."""
+    def read(self, i):  # from the disk, as it is used
         if self.images is None:
             self.images = np.load(self.file, mmap_mode="r")
         return np.asarray(self.images[i])
 
 
-class DummyImages:
+class DummyImages(Source):
     """Random images (size, size, 3) uint8 with random labels, for trying things without data."""
-    kind = "dummy"
 
     def __init__(self, count, size, num_classes, seed=0):
         self.size, self.seed = size, seed
@@ -215,17 +214,13 @@ class DummyImages:
         self.labels = random_state(seed, 0).integers(num_classes, size=count)
         self.fingerprint = fingerprint(f"{count} {size} {num_classes} {seed}")
 
-    def __len__(self):
-        return len(self.labels)
-
     def read(self, i):
-        """Image i, the same whenever and wherever it is asked for."""
         shape = (self.size, self.size, 3)
         return np.frombuffer(random_state(self.seed, 1, i).bytes(math.prod(shape)),
                              np.uint8).reshape(shape)
 
 
-class FewerImages:
+class FewerImages(Source):
     """`count` images of another source, evenly spaced, so that sorted classes keep their shares.
 
     Raises DataError if there are not as many.
@@ -236,29 +231,21 @@ class FewerImages:
             raise DataError(f"train_size is {count}, but {source.where} has only {len(source)} "
                             "training images.")
         self.source, self.indices = source, np.arange(count) * len(source) // count
-        self.labels, self.classes, self.kind = (source.labels[self.indices], source.classes,
-                                                source.kind)
+        self.labels, self.classes = source.labels[self.indices], source.classes
         self.where = f"of the {len(source)} in {source.where}"
         self.fingerprint = fingerprint(f"{count} {source.fingerprint}")
 
-    def __len__(self):
-        return len(self.labels)
-
     def read(self, i):
-        """Image i, as the source has it."""
         return self.source.read(self.indices[i])
 
 
 def open_images(root, split, classes=None):
-    """The images of one split of a data set, to be read one at a time.
+    """The Source of one split of a data set.
 
     root: a folder with split/<class>/<image file>, or one that `python images.py pack` wrote. For
     val, `valid`, `validation`, `eval` and `evaluation` do as well, for train `training`.
     classes: the training split's list, when another split is opened, which must have the same.
-
-    Returns an object with `classes` (names), `labels` ((N,) int64 array), `len()`, `read(i)` (a
-    PIL image or an (H, W, 3) uint8 array), `kind`, `where` (text) and `fingerprint` (text, of the
-    names and labels). Raises DataError.
+    Raises DataError.
     """
     root = expand(root)
     synonyms = next((names for names in SPLITS.values() if split in names), ())
@@ -271,11 +258,8 @@ def open_images(root, split, classes=None):
                 return PackedImages(root, name, classes)
             if os.path.isdir(os.path.join(root, name)):
                 return FolderImages(os.path.join(root, name), classes)
-        if os.path.exists(os.path.join(root, f"{split}.images.npy.part")):
-            raise DataError(f"the packing of {split} in {root} was interrupted; run `python "
-                            "images.py pack` again.")
         raise DataError(f"{root} has no folder '{split}'; expected {root}/{split}/<class>/<image "
-                        "file>, or what `python images.py pack` wrote.")
+                        "file>, or what `python images.py pack` wrote if it was not interrupted.")
     except OSError as error:
         raise DataError(f"cannot read {error.filename or root}: {error.strerror or error}."
                         ) from error
@@ -437,7 +421,7 @@ def pack(src, dst, size, workers=0):
     try:
         os.makedirs(dst, exist_ok=True)
         for split, source in sources.items():
-            if source.kind != "folder":
+            if not isinstance(source, FolderImages):
                 raise DataError(f"{src} is packed already; give a folder with train/<class>/ and "
                                 "val/<class>/.")
             about = {"count": len(source), "size": size, "from": source.folder,

@@ -223,7 +223,7 @@ def test_damaged_files(blobs, tmp_path):
             data.load("cifar10", tmp_path)
         assert "\n" not in str(caught.value) and (place / file).read_bytes() == content
     good = blobs["tiny.bin.gz"]
-    check(tmp_path, "tiny.bin.gz", good[:-9], tmp_path / "tiny.bin.gz", len(good), "Remove it")
+    check(tmp_path, "tiny.bin.gz", good[:-9], tmp_path / "tiny.bin.gz", len(good) - 9, "Remove it")
     check(tmp_path, "tiny.bin.gz", bytes([good[0] ^ 1]) + good[1:], "md5", "Remove it")
     check(tmp_path, "tiny.bin.gz", b"", "0 bytes")
     short = tar_gz({"bin/a": blobs["bin/a"], "../bin/b": blobs["bin/b"]})

@@ -246,22 +246,32 @@ def test_one_at_a_time(tmp_path, capsys):
 
     def work():
         for _ in range(20):
-            with download.one_at_a_time(tmp_path / "new"):
+            with download.one_at_a_time(tmp_path / "new" / "er"):
                 inside.append(1)
                 time.sleep(0.0005)
                 worst.append(len(inside))
                 inside.pop()
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
-    assert len(worst) == 80 and max(worst) == 1 and not list(tmp_path.glob("new/*"))
+        thread.join(60)
+    assert len(worst) == 80 and max(worst) == 1 and not list(tmp_path.glob("new/er/*"))
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    put(tmp_path, file=b"")
+    (tmp_path / "link").symlink_to("nowhere")
+    for place in (tmp_path / "file", tmp_path / "link", tmp_path / "link" / "below"):
+        with pytest.raises(OSError), download.one_at_a_time(place):
+            pass
 
 
 def test_git_checksum(tmp_path):
     put(tmp_path, empty=b"")
-    assert download.digest(tmp_path / "empty", "git") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    right = "git:e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert download.matches(tmp_path / "empty", right)
+    assert not download.matches(put(tmp_path, empty=b"x") / "empty", right)
 
 
 def test_ctrl_c_keeps_what_arrived(mirror, tmp_path):

@@ -160,6 +160,10 @@ def test_wikitext_sources(archive, tmp_path, single, whole, found):
         assert found in text.source and "verified" in text.source
         assert spell(text.train.tolist(), text) == "train.txt words\n"
     if found == "v1.zip":
+        put(tmp_path / "wikitext-2", **{"valid.txt": b"own\n"})  # comes before the archive's
+        text = load_text("wikitext2", tmp_path)
+        assert "not as published" in text.source and "v1.zip" in text.source
+        assert spell(text.valid.tolist(), text) == "<unk>\n"
         put(tmp_path, **{"wikitext-2-v1.zip": blob[:-1]})
         with refused("damaged", "v1.zip"):
             load_text("wikitext2", tmp_path)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from download import (FILES, MIRRORS, DataError, digest, expand, fetch_any, fingerprint,
+from download import (FILES, MIRRORS, DataError, expand, fetch_any, fingerprint, matches,
                       one_at_a_time, verify)
 
 WIKITEXT = ("train.txt", "valid.txt", "test.txt")
@@ -53,8 +53,8 @@ def load_text(name, data_dir="data", train_file=None, valid_file=None, train_siz
     """
     try:
         if name == "wikitext2":
-            text = load_wikitext(Path(expand(data_dir)), train_file or WIKITEXT[0],
-                                 valid_file or WIKITEXT[1], download)
+            files = train_file or WIKITEXT[0], valid_file or WIKITEXT[1]
+            text = load_wikitext(Path(expand(data_dir)), files, download)
         elif name == "grammar":
             text = split_characters(write_grammar(), f"generated, seed {GRAMMAR_SEED}")
         else:
@@ -112,25 +112,28 @@ def smallest_type(count):
     return np.uint8 if count <= 1 << 8 else np.int16 if count <= 1 << 15 else np.int32
 
 
-def load_wikitext(data_dir, train_file, valid_file, download):
+def load_wikitext(data_dir, files, download):
     """A Text of two of WikiText-2's files, or of others in its folder, by words.
 
     The vocabulary is that of the training text, most frequent first, with `<unk>`, which also
     stands for what only the validation text has.
     """
-    blobs, source = find_wikitext(data_dir, (train_file, valid_file), download)
-    train, valid = (words(decode(blobs[file], f"{file} in {source}"))
-                    for file in (train_file, valid_file))
+    folder = data_dir / "wikitext-2"
+    if data_dir.name == folder.name or all((data_dir / file).is_file() for file in files):
+        folder = data_dir
+    archive = folder.parent / "wikitext-2-v1.zip"
+    find_wikitext(folder, archive, files, download)
+    (train, source), (valid, other) = (read_wikitext(folder, archive, file) for file in files)
+    train, valid = words(train), words(valid)
     counts = collections.Counter(train)
     vocabulary = [word for word, _ in counts.most_common()]
     if "<unk>" not in counts:
         vocabulary.append("<unk>")
     number = {word: i for i, word in enumerate(vocabulary)}
-    unknown = number["<unk>"]
-    tokens = [torch.from_numpy(np.array([number.get(word, unknown) for word in text],
+    tokens = [torch.from_numpy(np.array([number.get(word, number["<unk>"]) for word in text],
                                         smallest_type(len(vocabulary))))
               for text in (train, valid)]
-    return Text(*tokens, vocabulary, "word", f"{source}: {train_file} and {valid_file}")
+    return Text(*tokens, vocabulary, "word", f"{source} and {other}")
 
 
 def words(text):
@@ -146,54 +149,43 @@ def spell(tokens, text):
     return " ".join(parts).replace(" <eos>", "\n").replace("<eos>", "\n").replace("\n ", "\n")
 
 
-def find_wikitext(data_dir, files, download):
-    """({file: bytes}, where from): out of a folder, or the zip file, or downloaded."""
-    folder = data_dir / "wikitext-2"
-    if data_dir.name == folder.name or all((data_dir / file).is_file() for file in files):
-        folder = data_dir
-    archive = folder.parent / "wikitext-2-v1.zip"
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing and not archive.exists():
-        hint = (f"Put {' and '.join(files)} into {folder} or {archive.name} into "
-                f"{archive.parent} by hand, choose files that are there with --train_file and "
-                "--valid_file, or use --dataset grammar, which needs no download.")
-        if not download or not set(missing) <= set(WIKITEXT):
-            why = ", and downloading is switched off" if not download else ""
-            raise DataError(f"{folder} lacks {', '.join(missing)}{why}. {hint}")
-        fetch_wikitext(folder, archive, missing, hint)
-        missing = [file for file in files if not (folder / file).is_file()]
-    if not missing:              # what lies in the folder is the user's, and comes first
-        blobs = {file: (folder / file).read_bytes() for file in files}
-        known = all(file in WIKITEXT and digest(folder / file, "git") == FILES[file][1][4:]
-                    for file in files)
-        return blobs, f"{folder} ({'checksums verified' if known else 'not as published'})"
-    verify(archive)
-    names = {file: f"wikitext-2/wiki.{file.removesuffix('.txt')}.tokens" for file in missing}
-    with zipfile.ZipFile(archive) as members:
-        absent = set(names.values()) - set(members.namelist())
-        if absent:
-            raise DataError(f"{archive} does not contain {', '.join(sorted(absent))}; choose from "
-                            f"{', '.join(WIKITEXT)}.")
-        blobs = {file: members.read(name) for file, name in names.items()}
-    own = [file for file in files if file not in missing]
-    blobs.update((file, (folder / file).read_bytes()) for file in own)
-    return blobs, f"{archive} (checksum verified)" + "".join(f", {folder / file}" for file in own)
-
-
-def fetch_wikitext(folder, archive, files, hint):
-    """Download the zip file, or where no mirror has it, the files that are missing."""
+def find_wikitext(folder, archive, files, download):
+    """See to it that the folder has the files, or that there is the archive."""
+    def missing():
+        return [file for file in files if not (archive.exists() or (folder / file).is_file())]
+    if not missing():
+        return
+    hint = (f"Put {' and '.join(files)} into {folder} or {archive.name} into {archive.parent} by "
+            "hand, choose files that are there with --train_file and --valid_file, or use "
+            "--dataset grammar, which needs no download.")
+    if not download or not set(missing()) <= set(WIKITEXT):
+        why = ", and downloading is switched off" if not download else ""
+        raise DataError(f"{folder} lacks {', '.join(missing())}{why}. {hint}")
     with one_at_a_time(folder):
-        files = [file for file in files if not (folder / file).is_file()]
-        if not files or archive.exists():     # another process was faster
-            return
         try:
-            for file in files:
+            for file in missing():  # none if another process was faster
                 fetch_any(MIRRORS[f"wikitext2/{file}"], folder,
                           f"{file} of wikitext2 could not be downloaded.", hint)
         except DataError as error:
             problem = "\n".join(str(error).splitlines()[:-1])    # without the hint
             fetch_any(MIRRORS["wikitext2"], archive.parent, f"{problem}\nThe archive neither.",
                       hint)
+
+
+def read_wikitext(folder, archive, file):
+    """(text, where from): what lies in the folder is the user's, and comes first."""
+    path = folder / file
+    if path.is_file():
+        known = file in WIKITEXT and matches(path, FILES[file][1])
+        how = "checksum verified" if known else "not as published"
+        return decode(path.read_bytes(), path), f"{path} ({how})"
+    verify(archive)
+    name = f"wikitext-2/wiki.{file.removesuffix('.txt')}.tokens"
+    with zipfile.ZipFile(archive) as members:
+        if name not in members.namelist():
+            raise DataError(f"{archive} does not contain {name}; choose from "
+                            f"{', '.join(WIKITEXT)}.")
+        return decode(members.read(name), archive), f"{name} in {archive} (checksum verified)"
 
 
 def write_grammar(paragraphs=1500):
