@@ -374,11 +374,7 @@ class Finish:
         if not cutmix:
             return share, None
         y, x = int(rng.integers(height)), int(rng.integers(width))
-        root = math.sqrt(1 - share)
-        if self.timm:
-            h, w = int(root * height) // 2, int(root * width) // 2
-        else:
-            h, w = int(0.5 * root * height), int(0.5 * root * width)
+        h, w = (int(0.5 * math.sqrt(1 - share) * side) for side in (height, width))
         box = max(y - h, 0), max(x - w, 0), min(y + h, height), min(x + w, width)
         area = (box[2] - box[0]) * (box[3] - box[1])
         return 1 - area / (height * width), box  # what was cut off at the border counts

@@ -55,6 +55,15 @@ def test_random_crop():
                       ((1, 1, (0.08, 1), (3 / 4, 4 / 3)), (0, 0, 1, 1)),
                       ((8, 8, (1, 1), (50, 90)), (3, 0, 1, 8))):        # not of no height
         assert augment.random_crop(*args, rng) == box
+    _, _, h, w = augment.random_crop(400, 400, (0.1, 0.1), (2, 2), rng)
+    assert abs(w - 2 * h) <= 1, "ratio is width/height"
+    wide = {augment.random_crop(8, 16, (0.5, 0.5), (1, 1), rng) for _ in range(200)}
+    assert wide == {(0, left, 8, 8) for left in range(9)}, "a side may be the image's"
+    whole = [augment.random_crop(4000, 4000, (0.9, 1), (3 / 4, 4 / 3), rng)[2:] == (4000, 4000)
+             for _ in range(2000)]
+    areas = np.linspace(0.9, 1, 10_001)
+    fits = (-np.log(areas) / math.log(4 / 3)).mean()            # |log ratio| ≤ -log area
+    assert np.mean(whole) == pytest.approx((1 - fits) ** 10, rel=0.12), "after ten tries"
 
 
 def filtered(image, size, interpolation):
@@ -133,6 +142,13 @@ IMAGES = torch.arange(8, dtype=torch.uint8)[:, None, None, None].expand(8, 3, 20
 def partner(x, recipe):
     """What each of a batch is mixed with."""
     return x.flip(0) if recipe == "timm" else x.roll(1, 0)
+
+
+def test_normalize():
+    for k in range(3):
+        want = (IMAGES[:, k].double() / 255 - MEAN[k]) / STD[k]
+        got = augment.normalize(IMAGES, MEAN, STD)[:, k].double()
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
 def test_finish_without_mixing():
@@ -226,6 +242,17 @@ def test_mixup_and_cutmix_share_the_batches():
 
 
 @RECIPES
+def test_box_of_cutmix(recipe):
+    """Of the share 1 - λ, about a random centre; what the border cuts off counts for λ."""
+    for centre, box in (((0, 0), (0, 0, 3, 6)), ((7, 15), (4, 9, 10, 21))):
+        rng = mock.Mock()
+        rng.random.return_value, rng.beta.return_value, rng.integers.side_effect = 0, 0.9, centre
+        got = Finish(MEAN, STD, 10, recipe=recipe, cutmix_alpha=1.0).draw_mix(20, 40, rng)
+        area = (box[2] - box[0]) * (box[3] - box[1])
+        assert got[1] == box and got[0] == pytest.approx(1 - area / 800)
+
+
+@RECIPES
 def test_smoothing(recipe):
     """Smoothing the targets before mixing them or in the loss afterwards is the same."""
     logits, labels = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.arange(6)
@@ -252,6 +279,7 @@ def test_erasing(recipe, mode):
     h, w = gone[hit].any(2).sum(1).double(), gone[hit].any(1).sum(1).double()
     assert torch.equal(gone[hit].flatten(1).sum(1), (h * w).long())  # a full rectangle each
     share, large = h * w / 2000, h * w > 200  # rounding changes small ones much
+    assert gone.any(0).any(0).all() and gone.any(0).any(1).all()     # up to each border
     assert share.min() > 0.015 and share.max() < 0.355 and h.max() < 40 and w.max() < 50
     assert share.mean().item() == pytest.approx(0.17, rel=6e-2)
     assert 0.27 < (w / h)[large].min() < 0.4 and 2.6 < (w / h)[large].max() < 3.7
@@ -419,12 +447,13 @@ def test_trivial_augment():
     steps = (0, 2, 3, 7, 8, 12, 13, 22, 23, 27, 28)
     bits = [augment.trivial_value("posterize", step, 1) for step in steps]
     assert bits == [8, 8, 7, 7, 6, 6, 5, 4, 3, 3, 2]
-    ends = {"solarize": (0, 255), "rotate": (-135, 135)}
-    ends |= dict.fromkeys(("shear_x", "shear_y"), (-0.99, 0.99))
-    ends |= dict.fromkeys(("translate_x", "translate_y"), (-32, 32))
-    ends |= dict.fromkeys(("brightness", "color", "contrast", "sharpness"), (0.01, 1.99))
-    for name, (low, high) in ends.items():   # not each of 61 strengths must have come
-        assert (min(seen[name]), max(seen[name])) == pytest.approx((low, high), abs=0.07 * high)
+    ends = {"solarize": (255, 0), "rotate": (0, 135)}
+    ends |= dict.fromkeys(("shear_x", "shear_y"), (0, 0.99))
+    ends |= dict.fromkeys(("brightness", "color", "contrast", "sharpness"), (1, 1.99))
+    for name, want in ends.items():
+        assert [augment.trivial_value(name, step, 1) for step in (0, 30)] == pytest.approx(want)
+        if name != "solarize":  # where 0 and -135 are as likely as 0 and 135
+            assert np.mean([value > want[0] for value in seen[name]]) == pytest.approx(0.5, abs=0.1)
     for axis in "xy":        # as torchvision: torch.linspace gives 15.999999 at strength 15
         pixels = [-augment.trivial_value(f"translate_{axis}", step, 1) for step in range(31)]
         assert pixels == [*range(16), *range(17, 31), 32] and isinstance(pixels[0], int)
@@ -481,6 +510,7 @@ def test_rand_augment():
     assert {k: v for k, v in at9.items() if v is not None} == pytest.approx(want, rel=1e-12)
     assert policy.value("color", 0.9, -1, (1, 1)) == pytest.approx(0.19, rel=1e-12)
     assert policy.value("posterize", 1.0, 1, (1, 1)) == 0
+    assert policy.value("solarize_add", 2.0, 1, (1, 1)) == 128
     assert policy.value("brightness", 1.0, -1, (1, 1)) == 0.1
 
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 import data
 import download
-from augment import normalize
 from test_download import md5, mirror, put, refused  # noqa: F401
 
 
@@ -114,13 +113,8 @@ def test_crop_and_flip():
     assert {0, 6} <= set(top.flatten().tolist()) and 5 < mirrored.sum() < 35
 
 
-def test_normalize_and_cut_out():
-    images = torch.from_numpy(tiny_images(3, 40)[0])[:, :, :, :28]
-    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    x = normalize(images, mean, std)
-    for k in range(3):
-        torch.testing.assert_close(x[:, k].double(), (images[:, k] / 255.0 - mean[k]).double()
-                                   / std[k], atol=1e-6, rtol=0)
+def test_cut_out():
+    x = torch.from_numpy(tiny_images(3, 40)[0])[:, :, :, :28] + 1.0
     state = torch.Generator().manual_seed(6)
     got = data.cut_out(x, torch.Generator().manual_seed(6), 8)
     y, z = torch.randint(32, (40,), generator=state), torch.randint(28, (40,), generator=state)
