@@ -172,25 +172,20 @@ class PackedImages(Source):
     def __init__(self, folder, split, classes=None):
         self.file = os.path.join(folder, f"{split}.images.npy")
         self.where = f"{self.file} (packed)"
-        again = "remove it and run `python images.py pack` again"
         try:
             with open(os.path.join(folder, f"{split}.packed.json"), encoding="utf-8") as file:
                 about = json.load(file)
             self.labels = np.load(os.path.join(folder, f"{split}.labels.npy"))
-            shape = (about["count"], about["size"], about["size"], 3)
-            self.classes = list(about["classes"])
+            self.classes, shape = list(about["classes"]), (about["count"], *[about["size"]] * 2, 3)
             images = np.load(self.file, mmap_mode="r")
-        except FileNotFoundError as error:
-            raise DataError(f"{error.filename} is missing: the packing of {split} in {folder} is "
-                            f"incomplete; {again}.") from error
-        except (ValueError, KeyError, TypeError, EOFError) as error:  # numpy's for short files
-            raise DataError(f"the packing of {split} in {folder} is damaged or truncated "
-                            f"({error}); {again}.") from error
-        if images.shape != shape or images.dtype != np.uint8 or self.labels.shape != shape[:1] \
-                or self.labels.dtype != np.int64 or (
-                self.labels.min() < 0 or self.labels.max() >= len(self.classes)):
-            raise DataError(f"{self.file}, its labels and {split}.packed.json do not belong "
-                            f"together; {again}.")
+            if images.shape != shape or images.dtype != np.uint8 \
+                    or self.labels.shape != shape[:1] or self.labels.dtype != np.int64 \
+                    or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+                raise ValueError("its files do not belong together")
+        except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise DataError(f"the packing of {split} in {folder} is incomplete or damaged "
+                            f"({error}); remove it and run `python images.py pack` again."
+                            ) from error
         check_classes(self.classes, classes, self.file)
         self.images = images
         self.fingerprint = fingerprint(json.dumps(about), self.labels)

@@ -291,7 +291,7 @@ def test_sixteen_bit_grey_is_scaled(tmp_path, name, dtype):
     ramp = np.linspace(0, 65535, 4096).reshape(64, 64).round()
     Image.fromarray(ramp.astype(dtype)).save(tmp_path / name)
     got = np.asarray(images.read_image(tmp_path / name)).astype(float)
-    assert np.abs(got - ramp[..., None] / 257).max() <= 1
+    assert np.abs(got - ramp[..., None] / 257).max() <= 0.5
 
 
 @needs_pillow
@@ -466,10 +466,10 @@ def test_pack_again(tmp_path, capsys):
     images.pack(files, packed, 24)
     assert array.read_bytes() == whole
     array.write_bytes(whole[:-1])
-    with refused("truncated", packed):
+    with refused("damaged", packed):
         open_images(packed, "train")
     array.unlink()
-    with refused("missing", "train.images.npy"):
+    with refused("No such file", "train.images.npy"):
         open_images(packed, "train")
     (files / "train" / "dog" / "bad.png").write_text("text")
     bad = run_pack(files, tmp_path / "other", "--size", 24)
