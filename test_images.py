@@ -166,12 +166,13 @@ def test_workers_end_with_their_epoch():
     """A test loader beside a training loader does not double the processes."""
     train, test = (ImageLoader(DummyImages(8, 8, 2), eval_transform(8, 8), 4, seed=0, train=train,
                                workers=2) for train in (True, False))
+    others = set(multiprocessing.active_children())
     for epoch in range(2):
         for loader in (train, test):
             loader.set_epoch(epoch)
             for _ in loader:
-                assert len(multiprocessing.active_children()) <= 2
-            assert not multiprocessing.active_children()
+                assert len(set(multiprocessing.active_children()) - others) <= 2
+            assert set(multiprocessing.active_children()) <= others
 
 
 # ---------------------------------------------------------------- fingerprints
@@ -232,9 +233,9 @@ def test_folders(tmp_path):
     """Classes and files found, in which order."""
     class_folders(tmp_path, (2, 1))
     cat = tmp_path / "train" / "cat"
-    (cat / "sub").mkdir()
-    (cat / "sub" / "up").symlink_to(cat)  # does not end in a loop
-    for name in ("a.JPEG", "b.Jpg", "d.png", "sub/e.png"):
+    (cat / "b").mkdir()
+    (cat / "b" / "up").symlink_to(cat)  # does not end in a loop
+    for name in ("a.JPEG", "b.Jpg", "d.png", "b/e.png"):
         (cat / name).write_bytes(b"")
     (cat / "g.jpg").symlink_to(cat / "d.png")
     for hidden in ("train/.cache/x.jpg", "train/cat/.h.jpg", "train/cat/notes.txt"):
@@ -243,8 +244,8 @@ def test_folders(tmp_path):
     train = open_images(tmp_path, "train")
     assert train.classes == ["cat", "dog"]
     assert [os.fsdecode(name) for name in train.names] == [
-        "a.JPEG", "b.Jpg", "cat_0.jpg", "cat_1.jpg", "d.png", "g.jpg",
-        os.path.join("sub", "e.png"), "dog_0.jpg"]
+        "a.JPEG", "b.Jpg", os.path.join("b", "e.png"), "cat_0.jpg", "cat_1.jpg", "d.png", "g.jpg",
+        "dog_0.jpg"]
     assert train.labels.tolist() == [0] * 7 + [1] and train.labels.dtype == np.int64
     assert train.path(7) == str(tmp_path / "train" / "dog" / "dog_0.jpg")
     (tmp_path / "val").rename(tmp_path / "validation")
