@@ -1,0 +1,401 @@
+"""models.py: sizes, names, initialisation, and outputs against other implementations."""
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import models
+from testing import close, raises
+
+
+# Parameters with 10 and with 100 classes, parameter tensors, convolutions + linear layers.
+MODEL_COUNTS = {
+    "resnet20": (269_722, 275_572, 59, 20),
+    "resnet32": (464_154, 470_004, 95, 32),
+    "resnet44": (658_586, 664_436, 131, 44),
+    "resnet56": (853_018, 858_868, 167, 56),
+    "resnet110": (1_727_962, 1_733_812, 329, 110),
+    "resnet18_cifar": (11_173_962, 11_220_132, 62, 21),
+    "resnet34_cifar": (21_282_122, 21_328_292, 110, 37),
+    "resnet50_cifar": (23_520_842, 23_705_252, 161, 54),
+    "wrn28_10": (36_479_194, 36_536_884, 80, 29),
+    "densenet121_cifar": (6_956_298, 7_048_548, 362, 121),
+    "vgg16_bn_cifar": (15_253_578, 15_299_748, 58, 16),
+    "lenet5": (62_006, 69_656, 10, 5),
+    "deit_tiny_cifar": (5_362_762, 5_380_132, 152, 50),
+}
+
+# What `fingerprint` returns for 10 classes: y[0,0], y[0,1], y[0,2], y[1,-1], mean |y|. The
+# numbers come from implementations other than models.py.
+MODEL_FINGERPRINTS = {
+    "resnet20": (0.918351, 0.194464, 0.369263, -0.941033, 0.832829),
+    "resnet32": (1.486411, 1.893212, -0.161082, 1.181447, 1.964261),
+    "resnet44": (5.981152, -4.364905, -0.326023, 4.746807, 6.739172),
+    "resnet56": (23.983433, 16.124269, -14.690060, 0.793284, 8.360288),
+    "resnet110": (-344.112560, -811.953199, 103.902910, -1199.106196, 418.154063),
+    "resnet18_cifar": (0.638495, -0.406179, 1.026136, 0.091764, 0.406093),
+    "resnet34_cifar": (0.231050, -0.101109, -0.985832, 0.175373, 1.350662),
+    "resnet50_cifar": (1.954760, -0.753208, 0.112891, 0.246879, 0.676258),
+    "wrn28_10": (-0.024453, 0.877395, 0.795342, 0.236393, 0.480353),
+    "densenet121_cifar": (0.063460, 0.173942, -0.150680, 0.127824, 0.135741),
+    "vgg16_bn_cifar": (0.252997, 0.120395, -0.144100, -0.097183, 0.203575),
+    "lenet5": (-0.763827, -0.257504, -0.625275, 0.478260, 0.516494),
+    "deit_tiny_cifar": (-0.107676, 0.673924, 0.163721, -0.468856, 0.738040),
+}
+
+# The last two for 100 classes; the first three are the same, because the classifier comes last.
+# The large networks are left out for time.
+MODEL_FINGERPRINTS_100 = {
+    "resnet20": (-0.343131, 1.008301),
+    "resnet32": (-0.135119, 2.106912),
+    "resnet44": (10.075392, 7.136461),
+    "lenet5": (0.906721, 0.480465),
+    "deit_tiny_cifar": (1.945876, 1.001798),
+}
+
+
+# Parameters for 1000 classes, parameter tensors, convolutions + linear layers, state-dict keys.
+IMAGENET_COUNTS = {
+    "resnet18": (11_689_512, 62, 21, 122),
+    "resnet34": (21_797_672, 110, 37, 218),
+    "resnet50": (25_557_032, 161, 54, 320),
+    "resnet101": (44_549_160, 314, 105, 626),
+    "resnet152": (60_192_808, 467, 156, 932),
+    "deit_tiny_patch16_224": (5_717_416, 152, 50, 152),
+    "deit_small_patch16_224": (22_050_664, 152, 50, 152),
+    "deit_base_patch16_224": (86_567_656, 152, 50, 152),
+    "swin_tiny_patch4_window7_224": (28_288_354, 173, 53, 173),
+}
+
+# As MODEL_FINGERPRINTS, for images of 224 pixels and 1000 classes. For time, one of a kind: the
+# others differ from these in depth, width and number of heads, which test_imagenet_names
+# sees, or have the blocks of the CIFAR networks.
+IMAGENET_FINGERPRINTS = {
+    "resnet50": (4.206032, -1.365415, 0.840450, -2.952219, 1.474549),
+    "deit_tiny_patch16_224": (-0.194330, 0.937657, 0.031514, 0.351096, 0.820405),
+    "swin_tiny_patch4_window7_224": (1.678393, -1.214601, -0.600787, 0.828446, 0.797933),
+}
+
+
+def fingerprint(model, in_channels=3, image_size=32):
+    """Five numbers that change when an operation, an eps or the order of the parameters does.
+
+    Parameter j is filled with normals of seed 1000 + j, so no weights need to be stored.
+    """
+    model.double().eval()
+    with torch.no_grad():
+        for j, (name, p) in enumerate(model.named_parameters()):
+            z = np.random.RandomState(1000 + j).standard_normal(tuple(p.shape))
+            if p.ndim >= 2:
+                z /= np.sqrt(z[0].size)
+            elif name.endswith("weight"):  # the scale of a normalisation
+                z = 1 + 0.1 * z
+            else:
+                z *= 0.1
+            p.copy_(torch.from_numpy(z))
+        x = np.random.RandomState(0).standard_normal((2, in_channels, image_size, image_size))
+        y = model(torch.from_numpy(x))
+    return torch.stack([y[0, 0], y[0, 1], y[0, 2], y[1, -1], y.abs().mean()])
+
+
+@pytest.mark.parametrize("name", models.CIFAR_MODELS)
+def test_counts(name):
+    with torch.device("meta"):  # shapes without numbers
+        small, large = models.CIFAR_MODELS[name](10), models.CIFAR_MODELS[name](100)
+    got = [sum(p.numel() for p in m.parameters()) for m in (small, large)]
+    got.append(len(list(small.parameters())))
+    got.append(sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in small.modules()))
+    assert tuple(got) == MODEL_COUNTS[name]
+
+
+@pytest.mark.parametrize("build, sizes, want", [
+    (lambda name=name: models.CIFAR_MODELS[name](), (), want)
+    for name, want in MODEL_FINGERPRINTS.items()] + [
+    (lambda name=name: models.CIFAR_MODELS[name](100), (), MODEL_FINGERPRINTS[name][:3] + want)
+    for name, want in MODEL_FINGERPRINTS_100.items()] + [
+    (lambda: models.lenet5(10, 1, 28), (1, 28),
+     (-1.063370, 0.026562, -0.713122, 0.367319, 0.548571))] + [
+    (lambda name=name: models.IMAGENET_MODELS[name](), (3, 224), want)
+    for name, want in IMAGENET_FINGERPRINTS.items()], ids=[
+    *MODEL_FINGERPRINTS, *(f"{name} of 100" for name in MODEL_FINGERPRINTS_100), "lenet5 of 28",
+    *IMAGENET_FINGERPRINTS])
+def test_fingerprints(build, sizes, want):
+    close(fingerprint(build(), *sizes), want, 2e-6 / max(abs(x) for x in want))   # six decimals
+
+
+@pytest.mark.parametrize("name", models.CIFAR_MODELS)
+def test_fashion_mnist(name):
+    """Every network takes 1×28×28, and the gradient reaches every parameter."""
+    model = models.CIFAR_MODELS[name](10, in_channels=1, image_size=28).eval()  # eval: no dropout
+    logits = model(torch.randn(2, 1, 28, 28))
+    assert logits.shape == (2, 10)
+    F.cross_entropy(logits, torch.tensor([3, 7])).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_sizes_refused():
+    """One sentence for a size that cannot work."""
+    raises(ValueError, ["64"], lambda: models.lenet5(image_size=64))
+    raises(ValueError, ["30"], lambda: models.deit_tiny_cifar(image_size=30))
+
+
+def test_option_a():
+    x = torch.randn(2, 16, 7, 8, dtype=torch.float64)
+    want = torch.zeros(2, 32, 4, 4, dtype=torch.float64)
+    for c in range(16):
+        for i in range(4):
+            for j in range(4):
+                want[:, 8 + c, i, j] = x[:, c, 2 * i, 2 * j]
+    close(models.PadShortcut(32)(x), want, 0)
+
+
+def deviations():
+    """{what: (weights, their intended standard deviation)}."""
+    resnet, vgg, deit = models.resnet20(), models.vgg16_bn_cifar(), models.deit_tiny_cifar()
+    wrn, resnet18 = models.WideResNet(10, 4, 10, 3), models.resnet18()
+    swin = models.SwinTransformer(56, 96, (2, 6), (3, 6), 10)           # windows of 7, as for 224
+    tables = [m.relative_position_bias_table.flatten() for m in swin.modules()
+              if isinstance(m, models.WindowAttention)]
+    gpt = models.GPT(300, 64, layers=3, heads=4, width=128)
+    return {
+        "resnet20 conv: √(2/fan_in)": (resnet.layer3[0].conv1.weight, (2 / (9 * 32)) ** 0.5),
+        "resnet20 fc: √(2/fan_in)": (resnet.fc.weight, (2 / 64) ** 0.5),
+        "wrn conv: √(2/fan_out)": (wrn.layer3[0].conv1.weight, (2 / (9 * 256)) ** 0.5),
+        "vgg conv: √(2/(9·out))": (vgg.features[7].weight, (2 / (9 * 128)) ** 0.5),
+        "deit linear": (deit.blocks[0].attn.qkv.weight, 0.02),
+        "deit head": (deit.head.weight, 0.02), "deit pos_embed": (deit.pos_embed, 0.02),
+        "resnet18 stem: √(2/fan_out)": (resnet18.conv1.weight, (2 / (49 * 64)) ** 0.5),
+        "resnet18 projection: √(2/fan_out)": (resnet18.layer2[0].downsample[0].weight,
+                                              (2 / 128) ** 0.5),
+        "resnet18 fc: uniform ±1/√fan_in": (resnet18.fc.weight, (512 * 3) ** -0.5),
+        "deit patches: uniform ±1/√fan_in": (models.deit_tiny_patch16_224().patch_embed.proj.weight,
+                                             (768 * 3) ** -0.5),
+        "swin patches: uniform ±1/√fan_in": (swin.patch_embed.proj.weight, (48 * 3) ** -0.5),
+        "swin linear": (swin.layers[1].blocks[5].mlp.fc1.weight, 0.02),
+        "swin reduction": (swin.layers[1].downsample.reduction.weight, 0.02),
+        "swin bias tables": (torch.cat(tables), 0.02),
+        "gpt embeddings": (torch.cat([gpt.wte.weight, gpt.wpe.weight]), 0.02),
+        "gpt qkv": (gpt.blocks[0].attn.qkv.weight, 0.02),
+        "gpt mlp": (gpt.blocks[1].fc1.weight, 0.02),
+        "gpt proj: 0.02/√(2·layers)": (gpt.blocks[1].attn.proj.weight, 0.02 / 6 ** 0.5),
+        "gpt fc2: 0.02/√(2·layers)": (gpt.blocks[2].fc2.weight, 0.02 / 6 ** 0.5),
+    }, [(wrn.fc.bias, 0), (vgg.features[7].bias, 0), (deit.head.bias, 0),
+        (deit.blocks[0].mlp.fc1.bias, 0), (gpt.blocks[1].attn.qkv.bias, 0),
+        *((m.bias, 0) for m in swin.modules() if isinstance(m, nn.Linear) and m.bias is not None),
+        *((m.weight, 1) for m in resnet18.modules() if isinstance(m, nn.BatchNorm2d))]
+
+
+def test_initialisation():
+    """As published; torchvision does not zero the last norm of a block."""
+    random, constant = deviations()
+    for name, (weight, want) in random.items():
+        close(weight.std() / want, 1.0, 4 / (2 * weight.numel()) ** 0.5)    # four standard errors
+    for p, value in constant:
+        assert (p == value).all()
+
+
+def affine(name, out, *fan_in):
+    return [(f"{name}.weight", (out, *fan_in)), (f"{name}.bias", (out,))]
+
+
+def resnet_shapes(depths, bottleneck):
+    """Names and shapes of a torchvision ResNet's state dict, in order."""
+    def norm(name, n):
+        running = [(f"{name}.running_mean", (n,)), (f"{name}.running_var", (n,))]
+        return affine(name, n) + running + [(f"{name}.num_batches_tracked", ())]
+    shapes, planes = [("conv1.weight", (64, 3, 7, 7))] + norm("bn1", 64), 64
+    for stage, depth in enumerate(depths):
+        width = 64 * 2 ** stage
+        out = 4 * width if bottleneck else width
+        for j in range(depth):
+            block = f"layer{stage + 1}.{j}"
+            kernels = [(width, planes, 1, 1), (width, width, 3, 3), (out, width, 1, 1)] \
+                if bottleneck else [(width, planes, 3, 3), (width, width, 3, 3)]
+            for k, kernel in enumerate(kernels, 1):
+                shapes.append((f"{block}.conv{k}.weight", kernel))
+                shapes += norm(f"{block}.bn{k}", kernel[0])
+            if planes != out:
+                shapes.append((f"{block}.downsample.0.weight", (out, planes, 1, 1)))
+                shapes += norm(f"{block}.downsample.1", out)
+            planes = out
+    return shapes + affine("fc", 1000, planes)
+
+
+def transformer_block(name, D, table=()):
+    """A pre-norm block of timm's; table: the shape of Swin's relative position bias."""
+    return [*affine(f"{name}.norm1", D),
+            *([(f"{name}.attn.relative_position_bias_table", table)] if table else []),
+            *affine(f"{name}.attn.qkv", 3 * D, D), *affine(f"{name}.attn.proj", D, D),
+            *affine(f"{name}.norm2", D),
+            *affine(f"{name}.mlp.fc1", 4 * D, D), *affine(f"{name}.mlp.fc2", D, 4 * D)]
+
+
+def deit_shapes(D):
+    shapes = [("cls_token", (1, 1, D)), ("pos_embed", (1, 197, D))]
+    shapes += affine("patch_embed.proj", D, 3, 16, 16)
+    for i in range(12):
+        shapes += transformer_block(f"blocks.{i}", D)
+    return shapes + affine("norm", D) + affine("head", 1000, D)
+
+
+def swin_shapes():
+    shapes = affine("patch_embed.proj", 96, 3, 4, 4) + affine("patch_embed.norm", 96)
+    for stage, (D, heads, depth) in enumerate(zip((96, 192, 384, 768), (3, 6, 12, 24),
+                                                  (2, 2, 6, 2))):
+        if stage > 0:
+            shapes += affine(f"layers.{stage}.downsample.norm", 2 * D)
+            shapes.append((f"layers.{stage}.downsample.reduction.weight", (D, 2 * D)))
+        for i in range(depth):
+            shapes += transformer_block(f"layers.{stage}.blocks.{i}", D, (13 ** 2, heads))
+    return shapes + affine("norm", 768) + affine("head.fc", 1000, 768)
+
+
+IMAGENET_SHAPES = {
+    "resnet18": resnet_shapes((2, 2, 2, 2), False),
+    "resnet34": resnet_shapes((3, 4, 6, 3), False),
+    "resnet50": resnet_shapes((3, 4, 6, 3), True),
+    "resnet101": resnet_shapes((3, 4, 23, 3), True),
+    "resnet152": resnet_shapes((3, 8, 36, 3), True),
+    "deit_tiny_patch16_224": deit_shapes(192),
+    "deit_small_patch16_224": deit_shapes(384),
+    "deit_base_patch16_224": deit_shapes(768),
+    "swin_tiny_patch4_window7_224": swin_shapes(),
+}
+
+
+@pytest.mark.parametrize("name", models.IMAGENET_MODELS)
+def test_imagenet_names(name):
+    """Names, shapes and order of the state dicts, the counts, and the width of a head."""
+    with torch.device("meta"):
+        model = models.IMAGENET_MODELS[name]()
+    state = [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
+    assert state == IMAGENET_SHAPES[name], next(
+        pair for pair in itertools.zip_longest(state, IMAGENET_SHAPES[name]) if pair[0] != pair[1])
+    parameters = list(model.parameters())
+    layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
+    assert (sum(p.numel() for p in parameters), len(parameters), layers, len(state)) \
+        == IMAGENET_COUNTS[name]
+    for m in model.modules():
+        if isinstance(m, models.Attention):
+            width = 32 if "swin" in name else 64
+            assert (m.qkv.in_features / m.num_heads, m.scale) == (width, width ** -0.5)
+
+
+def empty(name, **options):
+    """The network with memory but without numbers: its initialisation is not what is tested."""
+    with torch.device("meta"):
+        model = models.IMAGENET_MODELS[name](**options)
+    return model.to_empty(device="cpu")
+
+
+def numbered(name):
+    """A published state dict whose j-th tensor is full of j; one number of memory each."""
+    return {key: torch.tensor(j).to(torch.int64 if shape == () else torch.float32).expand(shape)
+            for j, (key, shape) in enumerate(IMAGENET_SHAPES[name])}
+
+
+def of_authors(state):
+    """Swin's state dict as its authors wrote it: mergings end a stage, head, tables."""
+    names = {f"layers.{i + 1}.downsample": f"layers.{i}.downsample" for i in range(3)}
+    names["head.fc"] = "head"
+    renamed = {}
+    for key, value in state.items():
+        for new, old in names.items():
+            if key.startswith(new + "."):
+                key = old + key.removeprefix(new)
+                break
+        renamed[key] = value
+    return renamed | {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
+                      "layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49)}
+
+
+RESNET, DEIT, SWIN = "resnet18", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
+
+
+@pytest.mark.parametrize("name, wrap", (
+    (RESNET, lambda state: state), (DEIT, lambda state: {"model": state}),
+    (RESNET, lambda state: {key: x for key, x in state.items() if "num_batches" not in key}),
+    (SWIN, lambda state: {"state_dict": state}),
+    (SWIN, lambda state: {"model": of_authors(state)})),
+    ids=("torchvision", "DeiT", "torchvision, old", "timm", "Swin's authors"))
+def test_load_pretrained(name, wrap, tmp_path):
+    """Files of others, in their wrappers, tensor by tensor."""
+    state, model = numbered(name), empty(name)
+    torch.save(wrap(state), tmp_path / "weights.pth")
+    models.load_pretrained(model, tmp_path / "weights.pth")
+    for key, value in model.state_dict().items():
+        assert (value == state[key]).all() or "num_batches" in key, key
+
+
+def test_load_pretrained_refuses(tmp_path):
+    """One sentence for what does not fit, and a model that keeps its weights."""
+    resnet, deit, path = numbered(RESNET), numbered(DEIT), str(tmp_path / "weights.pth")
+    small = empty(DEIT, num_classes=10)
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    for words, model, content in (
+            (["head.weight", "(1000, 192)", "(10, 192)", "num_classes=1000"], small, deit),
+            (["pos_embed", "(1, 197, 192)", "(1, 17, 192)", "image size"],
+             empty(DEIT, image_size=64), deit),
+            (["layer1.2.conv1.weight and 79 more", "another network"], empty("resnet34"), resnet),
+            (["unknown head_dist.weight", "another network"], small,
+             deit | {"head_dist.weight": torch.zeros(1)}),
+            (["no state dict"], small, [1, 2]), (["no state dict"], small, {"model": {"epoch": 3}}),
+            (["more than weights"], small, {"model": deit, "args": functools.partial(print)})):
+        torch.save(content, path)
+        raises(ValueError, [path, *words], lambda: models.load_pretrained(model, path))
+    assert all(torch.equal(value.view(torch.int32), before[key].view(torch.int32))
+               for key, value in small.state_dict().items()), "nothing was loaded"
+    (tmp_path / "weights.pth").write_text("<html>404</html>")
+    raises(ValueError, [path, "damaged"], lambda: models.load_pretrained(small, path))
+    raises(FileNotFoundError, ["nowhere"],
+           lambda: models.load_pretrained(small, str(tmp_path / "nowhere")))
+
+
+def test_drop_path():
+    """Whole samples are dropped, the expectation stays, the rate grows linearly with depth."""
+    drop, n = models.DropPath(0.3), 20_000
+    x = torch.ones(n, 2, 1, 3, dtype=torch.float64)
+    y = drop(x)
+    close(y, y[:, :1, :, :1].expand_as(y), 0)
+    close(y.unique(), torch.tensor([0, 1 / 0.7]), 1e-7)
+    close(y.mean(), 1.0, 4 * (0.3 / 0.7 / n) ** 0.5)
+    close(drop.eval()(x), x, 0)
+    for name, depth in (("resnet18", 8), ("deit_tiny_patch16_224", 12),
+                        ("swin_tiny_patch4_window7_224", 12)):
+        with torch.device("meta"):
+            model = models.IMAGENET_MODELS[name](drop_path=0.2)
+        rates = [m.rate for m in model.modules() if isinstance(m, models.DropPath)]
+        close(rates, np.linspace(0, 0.2, depth), 1e-15)
+        raises(ValueError, ["drop_path", "1.5"],
+               lambda: models.IMAGENET_MODELS[name](drop_path=1.5))
+    # at a rate that keeps nothing, what is left of a block is its shortcut
+    never = 1 - 1e-12
+    for title, block, x, shape in (
+            ("BasicBlock", models.BasicBlock(4, 4, 1, None, never), F.relu, (2, 4, 5, 5)),
+            ("Bottleneck", models.Bottleneck(8, 2, 1, None, never), F.relu, (2, 8, 5, 5)),
+            ("Block", models.Block(8, 2, never), nn.Identity(), (2, 5, 8)),
+            ("SwinBlock", models.SwinBlock(8, 2, 6, 3, 1, never), nn.Identity(), (2, 6, 6, 8))):
+        x = x(torch.randn(shape))
+        close(block(x), x, 0)
+        assert not torch.equal(block.eval()(x), x), title
+
+
+def test_imagenet_options():
+    """Dropout right before the classifier; image sizes other than 224, and those refused."""
+    for name, layer, size in (("resnet18", "fc", 40), ("deit_tiny_patch16_224", "head", 48),
+                              ("swin_tiny_patch4_window7_224", "head.fc", 64)):
+        model = models.IMAGENET_MODELS[name](7, size, drop=1.0)
+        x, bias = torch.randn(2, 3, size, size), model.get_submodule(layer).bias
+        close(model(x), bias.expand(2, 7), 0)
+        y = model.eval()(x)
+        assert not torch.equal(y[0], y[1]), "no dropout in evaluation"
+        if name != "resnet18":
+            raises(ValueError, [f"{size}×{size}", "64×96"],
+                   lambda: model(torch.zeros(1, 3, 64, 96)))
+            raises(ValueError, ["100"], lambda: models.IMAGENET_MODELS[name](image_size=100))
+    raises(ValueError, ["32", "64"],
+           lambda: models.swin_tiny_patch4_window7_224(image_size=32))

@@ -1,0 +1,205 @@
+"""What the tests share: comparison, a small network of every kind of layer, the six optimizers."""
+import datetime
+import inspect
+import os
+import sys
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import models
+from adafisher import AdaFisher, AdaFisherW
+from foof import FOOF
+from kfac import KFAC
+from mac import MAC
+from nysact import NysAct
+
+
+# ---- comparison ----
+
+def close(got, want, tol, *legacy):
+    """|got − want| ≤ tol·max|want|, for tensors, numbers, or each item of dicts of them."""
+    if isinstance(got, str):                     # tests that still name what they compare
+        got, want, tol = want, tol, *legacy
+    if not isinstance(want, dict):
+        got, want = {"": got}, {"": want}
+    assert got.keys() == want.keys(), f"in one only: {sorted(map(str, got.keys() ^ want.keys()))}"
+    errors = {}
+    for key in want:
+        a, b = (torch.as_tensor(x[key], dtype=torch.float64).detach().cpu() for x in (got, want))
+        assert a.shape == b.shape, f"{key}: {tuple(a.shape)}, expected {tuple(b.shape)}"
+        error = ((a - b).abs().max() / (b.abs().max() if b.any() else 1.0)).item() \
+            if b.numel() else 0.0
+        if not error <= tol:
+            errors[key] = error
+    assert not errors, f"relative errors above {tol:g}: {errors}"
+
+
+def at_most(values, bounds, tol=1e-12):
+    """values ≤ bounds, up to tol times the largest bound."""
+    values, bounds = torch.as_tensor(values), torch.as_tensor(bounds)
+    assert ((values - bounds) / bounds.abs().max()).max() <= tol, (values, bounds)
+
+
+def raises(kind, words, call):
+    """call() raises this exception, and its text contains each of the words."""
+    with pytest.raises(kind) as caught:
+        call()
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def snapshot(model, optimizer):
+    """Every parameter, and every tensor and number of the optimizer's state, by name."""
+    values = {name: p for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            values[f"{name}: {key}"] = value
+    return {key: torch.as_tensor(value).detach().double().clone() for key, value in values.items()}
+
+
+def modules_with(name):
+    """The project's loaded modules that have this constant or function."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    return [module for module in sys.modules.values() if name in vars(module)
+            and os.path.dirname(getattr(module, "__file__", None) or "") == folder]
+
+
+def set_everywhere(monkeypatch, name, value):
+    for module in modules_with(name):
+        monkeypatch.setattr(module, name, value)
+
+
+# ---- a network, its data, its training ----
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """A layer of every kind: convolution, also grouped, fused qkv, nn.MultiheadAttention, linear.
+
+    `checkpointing`: the use_reentrant of activation checkpointing, None without. `repeats`: how
+    often the block runs. The layer `extra` sees the first n_extra samples only; it is unused if 0.
+    """
+
+    def __init__(self, checkpointing=None, repeats=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 8, 2, stride=2, groups=2, bias=False)
+        self.block = models.Block(8, 2)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.extra = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+        self.checkpointing, self.repeats = checkpointing, repeats
+
+    def forward(self, x, n_extra=0):
+        x = F.relu(self.conv1(x))                               # (B, 4, 6, 6)
+        x = F.relu(self.conv2(x)).flatten(2).mT                 # (B, 9, 8), nine tokens
+        for module in [self.block] * self.repeats + [self.encoder]:
+            x = module(x) if self.checkpointing is None else \
+                checkpoint(module, x, use_reentrant=self.checkpointing)
+        x = x.mean(1)
+        if n_extra:
+            x = torch.cat([self.extra(x[:n_extra]), x[n_extra:]])
+        return self.head(x)
+
+
+def make_net(seed=0, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    return Net(**options).to(dtype)
+
+
+def make_data(steps, batch=6, dtype=torch.float64):
+    """Batches of images that are far from zero mean, with their labels."""
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(batch, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype) + 0.5,
+             torch.randint(5, (batch,), generator=generator)) for _ in range(steps)]
+
+
+def loss_of(model, x, y):
+    return F.cross_entropy(model(x), y)
+
+
+def usual(model, optimizer, data):
+    for x, y in data:
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+
+
+def trained(make, loop=usual, data=None, net=None, **options):
+    """The snapshot after loop(model, optimizer, data)."""
+    net = make_net() if net is None else net
+    optimizer = make(net, **options)
+    loop(net, optimizer, make_data(8) if data is None else data)
+    return snapshot(net, optimizer)
+
+
+# ---- the optimizers ----
+
+def known(Optimizer, options):
+    """Those of the options that this class has."""
+    names = inspect.signature(Optimizer).parameters
+    return {name: value for name, value in options.items() if name in names}
+
+
+def factory(Optimizer, **settings):
+    """Optimizer(model, ...) with these settings; options that it does not have are left out."""
+    def make(model, **options):
+        return Optimizer(model, **known(Optimizer, settings | options))
+    make.Optimizer = Optimizer
+    return make
+
+
+COMMON = dict(lr=0.1, weight_decay=1e-2, tcov=2, tinv=3)
+OPTIMIZERS = {       # what holds for all of them is tested with these settings
+    "mac": factory(MAC, **COMMON),
+    "foof": factory(FOOF, **COMMON),
+    "nysact": factory(NysAct, rank=5, **COMMON),
+    "kfac": factory(KFAC, **COMMON),
+    "adafisher": factory(AdaFisher, **COMMON | dict(lr=1e-3)),
+    "adafisherw": factory(AdaFisherW, **COMMON | dict(lr=1e-3)),
+}
+SGD_FAMILY = ("mac", "foof", "nysact", "kfac")     # they precondition the gradient for momentum SGD
+
+
+def only(*names):
+    """A test of these optimizers, where the fixture `make` brings all."""
+    return pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in names], ids=names)
+
+
+# ---- several processes ----
+
+def one_rank(rank, world, folder, work, arguments):
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=120))       # a hang ends as an error
+    torch.save(work(rank, world, *arguments), os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def on_ranks(world, work, *arguments):
+    """[work(rank, world, *arguments) in a process for each rank], joined by gloo.
+
+    A fork server imports torch once for all of them; Windows lacks it.
+    """
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        method = "forkserver"
+        multiprocessing.get_context(method).set_forkserver_preload(["torch._dynamo", "testing"])
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.start_processes(one_rank, (world, folder, work, arguments), world,
+                                        start_method=method)
+        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(world)]
