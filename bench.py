@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from models import CIFAR_MODELS
-from train_cifar import COUNT, FILES, RECIPES, Parser, UsageError, optimizer_class
+from run import COUNT, FILES, RECIPES, Parser, UsageError, optimizer_class
 
 PARTS = ("statistics", "factorisation", "application")
 # What is timed beside step(), where a file of an optimizer has it: owner, name, part.
