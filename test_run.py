@@ -186,9 +186,10 @@ def more_epochs(line, epochs):
                          ids=lambda value: name_of(value) if isinstance(value, str) else str(value))
 def test_kill_and_resume(tmp_path, start, line, ranks):
     """kill -9 at random moments, resumed each time: the log and bits of a run in one go."""
-    line, rng, kills = more_epochs(line, 6), random.Random(), 0
+    wanted, rng, kills = int(os.environ.get("KILLS", 2)), random.Random(), 0
+    line = more_epochs(line, 3 * wanted)
     straight = start(f"{line} --output_dir straight", ranks)
-    while kills < int(os.environ.get("KILLS", 2)):
+    while kills < wanted:
         process = start(f"{line} --output_dir killed --resume --checkpoint_minutes 0.002", ranks)
         running = process.wait_for(lambda: "resumed" in process.text() or "anew" in process.text(),
                                    "a first line")
@@ -199,7 +200,7 @@ def test_kill_and_resume(tmp_path, start, line, ranks):
         kills += 1
     start(f"{line} --output_dir killed --resume", ranks).finish()
     straight.finish()
-    assert len(read_log(tmp_path / "killed")) == 6
+    assert len(read_log(tmp_path / "killed")) == 3 * wanted
     assert same_runs(tmp_path / "straight", tmp_path / "killed")
 
 
