@@ -19,7 +19,7 @@ from text import (WIKITEXT, all_windows, load_text, num_windows, spell, split_ch
 
 def test_characters(tmp_path):
     """Any Unicode text and back, plain and gzipped; nine tenths for training; one vocabulary."""
-    text = "naïve ❤ 字\n\ttabs, \r\n and 𝒳." * 7 + "\n"
+    text = "naïve ❤ 字 𠀀 \U0010ffff\n\ttabs, \r\n and 𝒳." * 7 + "\n"
     put(tmp_path, plain=text.encode(), packed=gzip.compress(text.encode()))
     for name in ("plain", "packed"):
         loaded = load_text(tmp_path / name)
