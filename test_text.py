@@ -212,6 +212,7 @@ def test_windows():
     tokens = torch.arange(103)
     batches = list(windows(tokens, 10, 3, seed=0, epoch=0))
     assert len(batches) == num_windows(tokens, 10) // 3 == 3
+    assert [len(x) for x, _ in windows(tokens, 10, 4, seed=0, epoch=0)] == [4, 4]  # of 9 windows
     starts = torch.cat([x[:, 0] for x, _ in batches])
     for x, y in batches:
         assert torch.equal(x, x[:, :1] + torch.arange(10)) and torch.equal(y, x + 1)
