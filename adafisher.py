@@ -241,8 +241,7 @@ class AdaFisher(Preconditioner):
     finite; parameters and state stay.
     """
 
-    kinds = dict.fromkeys(("linear", "projection", "conv"), "outer product") | dict(
-        norm="per channel")
+    kinds = dict(linear="outer product", conv="outer product", norm="per channel")
     checks = dict(lr=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, beta=DECAY, damping=POSITIVE,
                   gamma=DECAY, tcov=PERIOD,
                   averaging=(lambda v: v in ("released", "printed"), "'released' or 'printed'"))
