@@ -44,7 +44,7 @@ from ranks import Stop, UsageError
 # adafisher its paper.
 SGD = dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=5e-4)
 CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
-ADAFISHER = dict(lr=1e-3, beta=0.9, gamma=0.8, tcov=100, as_released=False)
+ADAFISHER = dict(lr=1e-3, beta=0.9, gamma=0.8, tcov=100, averaging="released")
 RECIPES = {
     "sgd": SGD,
     "adam": dict(lr=1e-3, weight_decay=5e-4),
@@ -207,8 +207,9 @@ OPTIMIZER_FLAGS = {
                     help="bound on the change of the output by a step; a large one is none"),
     "beta": dict(type=FRACTION, metavar="X", help="decay of the first moment"),
     "gamma": dict(type=FRACTION, metavar="X", help="weight of the past in the factors"),
-    "as_released": dict(
-        SWITCH, help="average and normalise as the released code does, not as the paper"),
+    "averaging": dict(
+        WORD, choices=("released", "printed"),
+        help="of the factors: as the released code does, or by the paper's equations"),
 }
 
 
