@@ -44,16 +44,19 @@ from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 import data as datasets
-import foof
 import kfac
 import mac
 import nysact
 from adafisher import AdaFisher
-from kfac import running_mean
+from capture import Use
+from covariance import (damped_cholesky, input_covariance, mean_eigenvalue, pack, solve_right,
+                        unpack)
 from mac import MAC
 from models import CIFAR_MODELS, Attention
-from train_cifar import (COUNT, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
-                         add_optimizer_flags, build, number, print_anything, user_path, write_file)
+from optimizer import running_mean
+from patches import Geometry
+from run import (COUNT, OPTIMIZER_FLAGS, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
+                 make_optimizer, number, print_anything, user_path, write_file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,23 +127,22 @@ def preconditioned_grams(J, moments, first):
     is ρ(A + ρI)⁻¹ in the first layer. They act on rows, so J goes in as one tall gradient.
     """
     n, out, d = J.shape
-    A, rows = moments.A[None], J.flatten(0, 1)                              # (n·out, d)
+    A, rows = moments.A[None], J.flatten(0, 1)[None]                        # (1, n·out, d)
     damping = {optim: torch.tensor([RECIPES[optim]["damping"]], dtype=A.dtype)
                for optim in ("foof", "kfac", "nysact", "mac")}
-    factor = foof.damped_cholesky(A.clone(), damping["foof"])[0]
+    factor = damped_cholesky(A.clone(), damping["foof"])[0]
     P = moments.P[None] * moments.positions
-    pi, root = kfac.pi_of(kfac.pack(A), kfac.pack(P), d, out), damping["kfac"].sqrt()
-    factors = [kfac.damped_cholesky(M.clone(), x)[0] for M, x in ((A, pi * root), (P, root / pi))]
+    factors = [damped_cholesky(M.clone(), x)[0] for M, x in zip(
+        (A, P), kfac.dampings(pack(A), pack(P), damping["kfac"]))]
     S = nysact.draw_sketch(1, d, min(RECIPES["nysact"]["rank"], d), "gaussian", seed=0)
     U, values, _ = nysact.nystrom(A @ S, S)
     applied = {
         "GD": rows,
-        "FOOF": foof.precondition(rows, None, factor)[0],
+        "FOOF": solve_right(rows, factor),
         "K-FAC": torch.cat([kfac.solve_factored(G[None], *factors) for G in J]),
-        "NysAct": nysact.precondition(rows, None, U, values, damping["nysact"].item())[0],
-        "MAC": mac.precondition_first(
-            rows, None, mac.damped_cholesky(A, damping["mac"].item())[0], damping["mac"].item())[0]
-        if first else mac.precondition(rows, None, moments.mean[None], damping["mac"].item())[0]}
+        "NysAct": nysact.precondition(rows, U, values, damping["nysact"].item()),
+        "MAC": damping["mac"] * solve_right(rows, damped_cholesky(A.clone(), damping["mac"])[0])
+        if first else mac.precondition(rows, moments.mean[None], damping["mac"].item())}
     return {name: J.flatten(1) @ BJ.reshape(n, -1).mT for name, BJ in applied.items()}
 
 
@@ -206,9 +208,9 @@ def multiplier(optimizer, module):
     state, scale = optimizer.state.get(weight, {}), 1.0
     damping = optimizer.param_groups[0].get("damping")
     if isinstance(optimizer, AdaFisher):
-        values = [optimizer.curvature[p] for p in params if p in optimizer.curvature]
-        values = [torch.mul(*v) if isinstance(v, tuple) else v for v in values]
-        values = torch.cat([v.flatten() for v in values]) if values else None
+        fisher = optimizer.fisher(optimizer.param_groups[0])
+        values = [fisher[p].flatten() - damping for p in params if p in fisher]
+        values = torch.cat(values) if values else None
     elif params and "exp_avg_sq" in optimizer.state.get(params[0], {}):      # Adam, AdamW
         group = optimizer.param_groups[0]
         damping, second = group["eps"], [optimizer.state[p] for p in params]
@@ -243,8 +245,8 @@ def kfac_multiplier(state, damping):
     else:
         A, P = state["values"], state["output_values"]
         damped = A.unsqueeze(2) * P.unsqueeze(1) + damping
-    a, p = (kfac.unpack(state[name], n).diagonal(dim1=1, dim2=2).mean().item() for name, n in
-            (("covariance", A.shape[1]), ("output_covariance", P.shape[1])))
+    a, p = (mean_eigenvalue(state[name]).mean().item()
+            for name in ("covariance", "output_covariance"))
     return 1 / damped.max().item(), 1 / damped.min().item(), \
         math.sqrt(damping / max(a * p, 1e-300))
 
@@ -266,7 +268,7 @@ def principal_plane(points):
 
 class Setup(NamedTuple):
     data: datasets.Data
-    config: dict               # what train_cifar.build takes
+    config: dict               # what build takes
     net: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -281,6 +283,17 @@ def set_up(args, optim=None):
         config[name] = published if given is None else given
     data = datasets.load(args.dataset, args.data_dir)
     return Setup(data, config, *build(config, data))
+
+
+def build(config, data):
+    """The network and the optimizer with which train_cifar.py begins such a run."""
+    torch.manual_seed(config["run"])
+    net = CIFAR_MODELS[config["model"]](data.num_classes, *data.train_images.shape[1:3])
+    try:
+        return net, make_optimizer(net, net.parameters(), dict(config, seed=config["run"]),
+                                   RECIPES[config["optim"]])
+    except ValueError as error:  # an impossible combination, in the words of who refused it
+        raise UsageError(str(error))
 
 
 def training(setup, steps, text="steps"):
@@ -337,6 +350,7 @@ def read_run(folder):
         config = dict(saved["config"], channels_last=False)
         if config["model"] not in CIFAR_MODELS or config["dataset"] not in datasets.STATISTICS:
             raise KeyError(config["model"])
+        config.setdefault("run", config.get("seed"))          # as here the seed is called
         for name in ("run", *RECIPES[config["optim"]]):       # what build() and a caption need
             config[name]
         return config, {name: saved[name] for name in ("epoch", "model")}
@@ -384,16 +398,16 @@ def second_moments(net, batches, names):
     sums = {name: [0, 0, 0] for name in names}       # Σ [a; 1][a; 1]ᵀ and Σ p pᵀ, packed; rows
 
     def record(name, module, args, output):
-        x = args[0].double()
-        (total, (rows,)), = kfac.linear_or_conv(module, {"x": x}, output, True, False)
-        sums[name][0] = sums[name][0] + total
-        sums[name][2] += rows
+        use = use_of(module, args[0].detach().double(), output)
+        sums[name][0] = sums[name][0] + input_covariance(use, True)
+        sums[name][2] += use.rows
         # a Linear's output on more than two dimensions is a view
         (output._base if output._is_view() else output).register_hook(
-            lambda p: add_outputs(name, module, p.reshape(output.shape)))
+            lambda p: add_outputs(name, use, p.reshape(output.shape)))
 
-    def add_outputs(name, module, p):
-        sums[name][1] = sums[name][1] + kfac.output_gram(module, p.double(), False)
+    def add_outputs(name, use, p):
+        sums[name][1] = sums[name][1] + kfac.output_gram(p.double(), use, p.shape[1 if
+            use.kind == "conv" else -1], False)
 
     layers = layers_of(net)
     for name in names:
@@ -404,14 +418,23 @@ def second_moments(net, batches, names):
     for name, (A, P, rows) in sums.items():
         weight, bias = layers[name].weight, layers[name].bias
         d = weight[0].numel() + (bias is not None)
-        A, P = (symmetric(M, n) / rows for M, n in ((A, weight[0].numel() + 1), (P, len(weight))))
+        A, P = symmetric(A) / rows, symmetric(P) / rows
         found[name] = Moments(A[:d, :d], P, A[-1, :d], rows / images)   # its last row is E[[a; 1]]
     return found
 
 
-def symmetric(packed, d):
+def use_of(module, x, output):
+    """The use that a Linear or Conv2d (groups = 1) made of its weight, from x to output."""
+    if isinstance(module, nn.Linear):
+        return Use("linear", x, None, output.shape, x.numel() // x.shape[-1], slice(None), 1)
+    rows = len(x) * output.shape[2] * output.shape[3]
+    return Use("conv", x, None, output.shape, rows, slice(None), 1, geometry=Geometry.of(
+        module.weight, module.stride, module.padding, module.dilation))
+
+
+def symmetric(packed):
     """(d, d) from a packed lower triangle (1, d(d+1)/2) of one block."""
-    L = kfac.unpack(packed, d)[0]
+    L = unpack(packed)[0]
     return L + L.tril(-1).mT
 
 
@@ -470,8 +493,10 @@ class PlainMomentum:
     """The moment that an optimizer would keep of raw gradients: heavy ball, or Adam's average."""
 
     def __init__(self, group):
-        self.averages, self.nesterov = "momentum" not in group, group.get("nesterov", False)
-        self.decay = group.get("momentum", group.get("beta", group.get("betas", (0,))[0]))
+        self.averages = group.get("momentum") is None
+        self.decay = group.get("beta", group.get("betas", (0,))[0]) if self.averages else \
+            group["momentum"]
+        self.nesterov = group.get("nesterov", False)
         self.moments = {}
 
     def add(self, p):
@@ -1188,7 +1213,7 @@ def sketch_row(layer, A, state, ρ):
         seen = eigenvalues.max()
         R = torch.linalg.cholesky(A + ρ * identity)             # similar to (Â + ρI)⁻¹(A + ρI)
         values = torch.linalg.eigvalsh(
-            nysact.precondition(R.mT.contiguous(), None, U, eigenvalues, ρ)[0] @ R)
+            nysact.precondition(R.mT[None], U, eigenvalues, ρ)[0] @ R)
     else:                                                       # d ≤ r: exact
         seen, values = true[-1], torch.ones(2)
     return layer.name, len(A), *map(float, (
@@ -1203,10 +1228,8 @@ def train_and_watch(setup, steps):
 
     def watch(module, args, output):
         if optimizer.steps % group["tcov"] == 0:
-            x, n = args[0].detach(), module.weight[0].numel()
-            (total, (rows,)), = kfac.linear_or_conv(module, {"x": x}, output, True, False)
-            d = n + (module.bias is not None)
-            A = symmetric(total, n + 1)[:d, :d].double() / rows
+            use = use_of(module, args[0].detach(), output)
+            A = symmetric(input_covariance(use, module.bias is not None)).double() / use.rows
             old, k = averages.get(module.weight, (A, 0))
             old, = running_mean([old], [A], k + 1, group["stat_decay"])
             averages[module.weight] = old, k + 1
@@ -1320,13 +1343,13 @@ def add_flags(figure, defaults):
     flag("grid", "points of the surface along each axis", metavar="N",
          type=number(int, lambda v: v >= 2, "a whole number of at least 2"))
 
-    def optimizer_flag(group, name, *alias, help, default=None, **kwargs):
+    group = figure.add_argument_group("optimizer (what is not given is as published)")
+    for name, settings in OPTIMIZER_FLAGS.items():
         if name != "calibrate":                      # a pass over all data, in MAC's first layer
+            help = settings["help"]
             if name in defaults:
                 help = f"{help} (default for sgd {defaults[name]})"
-            group.add_argument(f"--{name}", *alias, dest=name, default=None, help=help, **kwargs)
-    add_optimizer_flags(optimizer_flag, figure.add_argument_group(
-        "optimizer (what is not given is as published)"))
+            group.add_argument(f"--{name}", **{**settings, "help": help})
 
 
 def main(argv):

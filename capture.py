@@ -21,6 +21,7 @@ import threading
 import types
 import weakref
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -55,8 +56,8 @@ class Layer:
 
     def __init__(self, name, weight, bias, kind, blocks=1, bias_rows=None, transposed=False):
         self.name, self.weight, self.bias, self.kind = name, weight, bias, kind
-        # equal blocks of the weight's rows, each with its inputs; as the module has them, and now
-        self.own_blocks = self.blocks = blocks
+        self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
+        self.own_blocks = blocks         # as the module has them; MAC may divide these
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
         # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
@@ -206,8 +207,7 @@ class Watcher(TorchFunctionMode):
 
     def reset(self):
         """End a forward pass that was interrupted (Ctrl-C), which calls no hooks."""
-        if self.inside:
-            del self.inside[1:]
+        while self.inside:
             self.leave(self.inside[0])
 
     @torch.compiler.disable
@@ -300,25 +300,26 @@ class Watcher(TorchFunctionMode):
 
     def when_backpropagated(self, layer, use, sums, rows, out):
         """Add the sums to the layer's pending ones when the gradient of out arrives."""
-        watched = self.optimizer
-
-        def arrived(grad):
-            optimizer, backward = watched(), torch._C._current_graph_task_id()
-            if optimizer is None or optimizer.ignores_gradients:
-                return
-            # Where an earlier backward pass left no gradient, zero_grad on the model has dropped
-            # it, and so are the sums that it left.
-            if layer.weight.grad is None and layer.backward != backward:
-                layer.drop()
-            layer.backward = backward
-            for name, total in sums.items():
-                layer.add(name, total, rows, optimizer.blocks_of(layer, use))
-            if optimizer.needs_gradients and use.kind != "values":
-                with torch.no_grad(), full_precision(grad.device.type):
-                    optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))
         # A linear's output on more than two dimensions is a view; an in-place activation replaces
         # the view's history, and a hook on it would never fire. Its base sees the gradient always.
-        (out._base if out._is_view() else out).register_hook(arrived)
+        (out._base if out._is_view() else out).register_hook(
+            partial(self.arrived, layer, use, sums, rows))
+
+    @torch.compiler.disable
+    def arrived(self, layer, use, sums, rows, grad):
+        optimizer, backward = self.optimizer(), torch._C._current_graph_task_id()
+        if optimizer is None or optimizer.ignores_gradients:
+            return
+        # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
+        # and so are the sums that it left.
+        if layer.weight.grad is None and layer.backward != backward:
+            layer.drop()
+        layer.backward = backward
+        for name, total in sums.items():
+            layer.add(name, total, rows, optimizer.blocks_of(layer, use))
+        if optimizer.needs_gradients and use.kind != "values":
+            with torch.no_grad(), full_precision(grad.device.type):
+                optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))
 
 
 class Hook:
@@ -359,8 +360,7 @@ def watch(model, watcher, hooked):
     hooked: {module: its two handles}, to which the new ones are added.
     """
     def holds(module):
-        # a list, so that every child is visited
-        inner = [holds(child) for child in module.children()]
+        inner = [holds(child) for child in module.children()]         # so that all are visited
         held = any(inner) or any(p in watcher.layers for p in module._parameters.values())
         if held and module not in hooked:
             hooked[module] = (
@@ -389,7 +389,6 @@ def has_bias(layer, bias, rows):
 multi_head_attention = types.FunctionType(
     F.multi_head_attention_forward.__code__, vars(F) | {"has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__)
-multi_head_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
 # ---- what each function of torch does with a weight ----

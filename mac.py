@@ -20,6 +20,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     ā        state "mean"             (blocks, d): one block per group of a convolution; blocks of
                                       rows of q, k and v where attention was seen (6)
              state "applied"          the ā in use, renewed every tinv steps
+             state "values"           the sum of 2ⁱ over the blocks i of v; −1: none was seen
     A₁       state "covariance"       (blocks, d(d+1)/2), its lower triangle by rows; its Cholesky
                                       factor: state "factor" (blocks, d, d); first layer only
     ρ, β     damping, stat_decay      numbers;  k: state "updates";  η, μ: lr, momentum
@@ -327,18 +328,19 @@ class MAC(PreconditionedSGD):
     def begin_step(self):
         super().begin_step()
         for layer in self.layers.values():
-            if "values" in layer.found and "updates" in self.state.get(layer.weight, {}):
-                blocks, values = layer.found["values"]
-                self.state[layer.weight]["values"] = [blocks, *values]
+            if layer.kind == "linear" and "updates" in self.state.get(layer.weight, {}):
+                # always there, and one number: torch.distributed.checkpoint flattens no lists
+                self.state[layer.weight]["values"] = sum(
+                    2 ** i for i in layer.found["values"][1]) if "values" in layer.found else -1
 
     def restore(self, layer, saved):
         layer.blocks = layer.own_blocks
         layer.found.pop("values", None)
         self.set_up(layer)
-        if "values" in saved:
-            blocks, *values = saved["values"]
+        if "mean" in saved and saved.get("values", -1) >= 0:
+            blocks = len(saved["mean"])
             if blocks % layer.blocks == 0 and layer.out % blocks == 0:
-                self.divide(layer, blocks, values)
+                self.divide(layer, blocks, [i for i in range(blocks) if saved["values"] >> i & 1])
         super().restore(layer, saved)
 
 

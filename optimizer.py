@@ -264,6 +264,7 @@ class Preconditioner(torch.optim.Optimizer):
             state.update(updates=0, step=0)
             for name, shape in (layer.measured | layer.prepared).items():
                 state[name] = like.new_zeros(shape, dtype=at_least_float32(like))
+        self.begin_step()
         return True
 
     @torch.compiler.disable

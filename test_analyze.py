@@ -9,9 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import analyze
-import mac
 import models
 import nysact
+from attention import attention_sum
 from adafisher import AdaFisher
 from foof import FOOF
 from kfac import KFAC
@@ -121,7 +121,7 @@ def test_attention():
     tokens = torch.cat([net.cls_token.expand(5, -1, -1), tokens], 1) + net.pos_embed
     q, k, _ = net.blocks[0].attn.qkv(net.blocks[0].norm1(tokens)).view(5, 5, 3, 2, 4).permute(
         2, 0, 3, 1, 4)
-    close(found["blocks.0.attn"][0].sum(0), mac.attention_sum(q, k, 0.5).mean((0, 1)), 1e-12)
+    close(found["blocks.0.attn"][0].sum(0), attention_sum(q, k, scale=0.5).mean((0, 1)), 1e-12)
     close(found["blocks.0.attn"][0].sum(1), torch.ones(5), 1e-14)
     close(found["blocks.1.attn"][0], f64([[0.2] * 5] * 5), 1e-14)
     close(found["blocks.1.attn"][1], torch.ones(6), 1e-12)
@@ -270,7 +270,7 @@ def test_multiplier():
     """Its ends against the eigenvalues of the map from gradients to steps, column by column."""
     for optim, options in (("mac", {}), ("foof", {}), ("nysact", dict(rank=2)), ("kfac", {}),
                            ("kfac", dict(inverse="eigen")), ("adafisher", dict(beta=0.0)),
-                           ("adafisher", dict(beta=0.0, as_released=True))):
+                           ("adafisher", dict(beta=0.0, averaging="released"))):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
         options = dict(lr=1.0, momentum=0.0, weight_decay=0.0, kl_clip=1e30) | options
@@ -321,7 +321,7 @@ def test_nystrom():
         L, A = setup.optimizer.state[exact]["factor"][0].double(), averages[exact]
         close(L @ L.mT - torch.eye(len(A)), A, 1e-5)
         A, state = averages[sketched], setup.optimizer.state[sketched]
-        S = setup.optimizer.layers[sketched].sketch(A)[0].double()
+        S = setup.optimizer.sketch_of(setup.optimizer.layers[sketched], A)[0]
         close(state["eigenvalues"][0].sort().values, nysact.nystrom(A @ S[None],
                                                                     S[None])[1][0].sort().values,
               1e-4)

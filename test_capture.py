@@ -1,8 +1,8 @@
 """A layer is a use of a weight: what the optimizers see of a model, whatever its code looks like.
 
-`test_use` needs no knowledge of a model's inside. A weight W that meets rows a_r and makes s_r from
-them has the gradient G = Σ g_r a_rᵀ, g = ∂loss/∂s. With no more rows than outputs and random g, this
-gives the rows back: a = (gᵀ)⁺ G. With them the step is formed as the paper has it.
+`test_use` needs no knowledge of a model's inside. A weight that meets rows a and makes rows s of
+them has the gradient G = Σ g aᵀ, g = ∂loss/∂s. With no more rows than outputs and random g this
+gives the rows back, a = (gᵀ)⁺ G. With them the step is formed as the paper has it.
 """
 import contextlib
 import copy
@@ -13,17 +13,17 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                     set_state_dict)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import models
 from adafisher import AdaFisherW
-from kfac import KFAC
-from mac import MAC
 from test_math import EXACT, METHODS, formula
-from testing import (OPTIMIZERS, close, factory, loss_of, make_data, make_net, only, parameters,
-                     raises, randn, snapshot, trained, usual)
+from testing import (OPTIMIZERS, close, factory, loss_of, make_data, on_ranks, only, parameters,
+                     randn, snapshot, trained, usual)
 
 SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
 SIX["adafisherw"] = factory(AdaFisherW, **EXACT, weight_decay=0.0)
@@ -148,7 +148,7 @@ def at_last(m, x):
 
 
 ROWS, TOKENS, IMAGES = (5, 4), (2, 3, 4), (2, 2, 3, 3)
-EXACT_USES = {            # the layer, its use, x's shape; outputs are (..., out), of images (B, out, ...)
+EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out) or (B, out, ...)
     "a module": (linear, called, ROWS),
     "tokens": (linear, called, TOKENS),
     "normalises": (functools.partial(Normed, 4, 9), called, ROWS),
@@ -186,7 +186,7 @@ EXACT_USES = {            # the layer, its use, x's shape; outputs are (..., out
     "checkpointed module": (functools.partial(Normed, 4, 9), lambda m, x: checkpoint(
         m.layer, x.requires_grad_(), use_reentrant=True), ROWS),
 }
-PLAIN_USES = {            # what the statistics do not describe, or nobody sees
+PLAIN_USES = {      # what the statistics do not describe, or nobody sees
     "bias added later": (linear, lambda m, x: x @ m.layer.weight.t() + m.layer.bias, ROWS),
     "no bias": (linear, lambda m, x: F.linear(x, m.layer.weight), ROWS),
     "another bias": (linear, lambda m, x: F.linear(x, m.layer.weight, 2 * m.layer.bias), ROWS),
@@ -258,7 +258,10 @@ def test_use(use, method):
     build, function, shape = EXACT_USES[use]
     net = Uses(build(), function).double()
     layer = net.layer
-    optimizer, ys, moved = step_of(SIX[method], net, randn(*shape) + 0.5)
+    make = SIX[method]
+    if use == "twice":                      # parts of a batch: K-FAC asks how many terms there are
+        make = functools.partial(make, loss_terms=shape[0])
+    optimizer, ys, moved = step_of(make, net, randn(*shape) + 0.5)
     G = matrix(layer, layer.weight.grad, None if layer.bias is None else layer.bias.grad)
     blocks = layer.groups if isinstance(layer, nn.Conv2d) else 1
     G, g = G.view(blocks, len(G) // blocks, -1), []
@@ -557,7 +560,7 @@ def test_threads(make):
             optimizer.zero_grad()
             F.cross_entropy(torch.cat([model(half) for half in x.chunk(2)]), y).backward()
             optimizer.step()
-    close(trained(make, loop, net=small()), trained(make, halves, net=small()), 1e-12)
+    close(*(trained(make, each, net=small(), loss_terms=6) for each in (loop, halves)), 1e-12)
 
 
 def test_parts_called(make):
@@ -642,3 +645,45 @@ def test_compiled(make, loop):
         assert "optimizer.collecting" in str(error)
     else:
         close(got, reference(make), 1e-13)
+
+
+# ---- torch.distributed.checkpoint, several processes ----
+
+@pytest.mark.parametrize("flat", (False, True))
+def test_distributed_checkpoint(make, flat):
+    """What is known of uses comes along, into an optimizer that has taken no step."""
+    options, nets, data = StateDictOptions(flatten_optimizer_state_dict=flat), [], make_data(8)
+    for i in range(2):
+        net = small(i)
+        optimizer = make(net)
+        if i == 0:
+            usual(net, optimizer, data[:3])
+            saved = copy.deepcopy(get_state_dict(net, optimizer, options=options))
+        else:
+            set_state_dict(net, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1],
+                           options=options)
+        usual(net, optimizer, data[3:])
+        nets.append(snapshot(net, optimizer))
+    close(nets[1], nets[0], 0)
+
+
+
+def one_rank_by_einsum(rank, world, name):
+    """The only layer is used in a way that is not followed, on the last rank alone."""
+    use = PLAIN_USES["einsum"][1] if rank == world - 1 else called
+    torch.manual_seed(0)
+    net = Uses(nn.Linear(4, 9, bias=False), use).double()
+    optimizer = OPTIMIZERS[name](net)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(randn(5, 4))[0].square().sum().backward()
+        torch.distributed.all_reduce(net.layer.weight.grad)
+        optimizer.step()
+    return parameters(net)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_contradiction_on_one_rank(name):
+    """All ranks take the plain step, and none waits for the others."""
+    first, second = on_ranks(2, one_rank_by_einsum, name)
+    close(first, second, 0)

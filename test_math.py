@@ -1,7 +1,7 @@
 """The equations of the five methods against brute force, in float64 unless said otherwise.
 
 Numbers are those of each file's docstring. `test_step` holds the step of every method against the
-formula with matrices formed from explicit rows, `test_plain` whole runs against each file's plain().
+formula with matrices formed from explicit rows, `test_plain` whole runs against plain().
 
     equation                                      test
     mac.py       (1)-(3), (5)                     test_step, test_geometries, test_mac_first_layer
@@ -1146,7 +1146,7 @@ ATTENTIONS = {       # O, the layers, which of their rows are those of v; none: 
 
 
 @pytest.mark.parametrize("chunked", (False, True))
-@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("kind", [*ATTENTIONS])
 def test_mac_attention_kinds(kind, chunked, monkeypatch):
     """(6) for whatever leads from linear layers to attention, against autograd.
 
@@ -1154,7 +1154,7 @@ def test_mac_attention_kinds(kind, chunked, monkeypatch):
     number, is ā_V.
     """
     if chunked:
-        set_everywhere(monkeypatch, "CHUNK", 1)
+        set_everywhere(monkeypatch, "CHUNK", 1)           # one sample at a time
     attend, widths, values = ATTENTIONS[kind]
     net, inputs = Attends(attend, **widths).double(), {}
     spread(net)
@@ -1178,6 +1178,99 @@ def test_mac_attention_kinds(kind, chunked, monkeypatch):
         close(whole(changes[f"{name}.weight"], changes[f"{name}.bias"]), want, 1e-11)
         assert ("attended" in str(optimizer).split(f" {name}: ")[1].split("\n")[0]) == (
             name in values)
+
+
+def train_attention(rank, world, kinds):
+    """Four steps in which shard i of the batch goes through attention of the i-th kind.
+
+    With ranks, each has one shard; else all are micro-batches of one process.
+    """
+    torch.manual_seed(0)
+    net = Attends(None, qkv=18, beside=6).double()
+    optimizer = MAC(net, lr=0.01, input_covariance=False, tcov=2, tinv=1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        x = randn(2 * len(kinds), 4, 6)
+        for i, kind in enumerate(kinds):
+            if world == 1 or i == rank:
+                net.attend = ATTENTIONS[kind][0]
+                (net(net.beside(x[2 * i:2 * i + 2])).square().sum() * world).backward()
+        for p in net.parameters() if world > 1 else ():
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= world
+        optimizer.step()
+    return snapshot(net, optimizer)
+
+
+def not_followed(m, x):
+    return eager(*thirds(m.qkv(x).sin()))
+
+
+def in_other_order(m, x):
+    v, q, k = thirds(m.qkv(x))
+    return eager(q, k, v)
+
+
+def with_einsum(m, x):
+    return torch.einsum("od,bnd->bno", m.qkv.weight, x) + m.qkv.bias
+
+
+ATTENTIONS |= {      # not among those above: no attention at all, or another one than there
+    "not followed": (not_followed, QKV, {}), "v first": (in_other_order, QKV, {}),
+    "einsum": (with_einsum, QKV, {}),
+    "wide heads first": (lambda m, x: eager(*m.qkv(x).unflatten(-1, (2, 3, 3)).permute(
+        3, 0, 2, 1, 4)), QKV, {})}
+
+
+@pytest.mark.parametrize("kinds, blocks", (
+    (("thirds", "not followed"), "qkV"), (("not followed", "thirds"), "qkV"),
+    (("thirds", "v first"), "qkv"), (("not followed", "wide heads first", "thirds"), "qkvqkv"),
+    (("thirds", "einsum"), ""), (("einsum", "einsum"), "")), ids=str)
+def test_mac_attention_on_ranks(kinds, blocks):
+    """Ranks that see other attention than others, or none, keep one state: a single process's.
+
+    Where they contradict each other, v has the plain mean from then on.
+    """
+    want, results = train_attention(0, 1, kinds), on_ranks(len(kinds), train_attention, kinds)
+    for result in results:
+        close(result, results[0], 0)
+    for result in (want, results[0]):
+        mean = result.get("qkv.weight: mean", torch.zeros(0, 7))
+        assert len(mean) == len(blocks)
+        if blocks:
+            assert result["qkv.weight: values"] == (4 if "V" in blocks else 0)
+            plain = [i for i, block in enumerate(blocks) if block != "V"]
+            close(mean[plain], mean[:1].expand(len(plain), -1), 1e-12)
+    if "v" not in blocks:
+        close(results[0], want, 1e-12)
+
+
+@pytest.mark.parametrize("before", ("thirds", "not followed", "heads first"))
+@pytest.mark.parametrize("step", range(1, 6))
+def test_mac_attention_resumed(before, step, tmp_path):
+    """A resumed run equals the other bit for bit, with what was known of the values; so does one
+    that is loaded into an optimizer which has seen another attention."""
+    kind = "heads first" if before == "heads first" else "thirds"
+    first, widths, _ = ATTENTIONS[before if before != "thirds" else kind]
+    nets = [Attends(first, **widths if before == "heads first" else QKV).double() for _ in range(2)]
+    optimizers = [MAC(net, input_covariance=False, tcov=2, tinv=3) for net in nets]
+    data = randn(8, 3, 4, 6)
+
+    def train(i, part, attend=first):
+        nets[i].attend = attend
+        for x in part:
+            optimizers[i].zero_grad()
+            nets[i](x).square().sum().backward()
+            optimizers[i].step()
+    train(0, data[:step])
+    torch.save([nets[0].state_dict(), optimizers[0].state_dict()], tmp_path / "checkpoint.pt")
+    train(1, data[:2], ATTENTIONS[kind][0])
+    model, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    nets[1].load_state_dict(model)
+    optimizers[1].load_state_dict(state)
+    for i in range(2):
+        train(i, data[step:], ATTENTIONS[kind][0])
+    close(snapshot(nets[1], optimizers[1]), snapshot(nets[0], optimizers[0]), 0)
 
 
 # ---- MAC ----
@@ -1551,8 +1644,8 @@ def test_sums_of_patches(C, out, size, options):
 
 def test_shifts(monkeypatch):
     """Convolutions of stride 1 with odd kernels form no patches, in float32 too."""
-    calls, shift_gram = [], covariance.shift_gram
-    monkeypatch.setattr(covariance, "shift_gram", lambda *args: calls.append(1) or shift_gram(*args))
+    calls, fast = [], covariance.shift_gram
+    monkeypatch.setattr(covariance, "shift_gram", lambda *args: calls.append(1) or fast(*args))
     for C, out, size, options in SHIFTS:
         covariance.patch_gram(randn(2, C, *size), shape_of(nn.Conv2d(C, out, **options)))
     assert len(calls) >= 8, "images smaller than the kernel take patches"
@@ -2087,21 +2180,27 @@ def test_kfac_terms_said():
     raises(ValueError, ["loss_terms", "'all'"], optimizer.step)
 
 
+class KFACOfProjections(KFAC):
+    kinds = KFAC.kinds | dict(projection="Kronecker factors")
+
+
 @pytest.mark.parametrize("sharing", ("expand", "reduce"))
 @pytest.mark.parametrize("own", (False, True))
 @pytest.mark.parametrize("options", (dict(), dict(batch_first=True), dict(bias=False),
                                      dict(kdim=4, vdim=5)), ids=str)
 def test_kfac_attention(options, own, sharing):
-    """nn.MultiheadAttention: q, k, v by their own inputs and gradients, out_proj as any layer."""
+    """out_proj of nn.MultiheadAttention; q, k, v by their own inputs, where they are asked for."""
     module = nn.MultiheadAttention(6, 2, **options).double()
     if own and "kdim" in options:
         return
     sizes = ((3, 6), (5, options.get("kdim", 6)), (5, options.get("vdim", 6)))
-    given = [randn(4, n, d) for n, d in (sizes if not own else sizes[:1] * 3)]      # (B, S, d)
+    given = [randn(4, n, d) for n, d in sizes]                             # (B, S, d)
     if own:
         given = given[:1] * 3
     method = "kfac" if sharing == "expand" else "kfac, reduce"
-    optimizer, before = METHODS[method](module, loss_terms=4), parameters(module)
+    optimizer = factory(KFACOfProjections, **EXACT)(module, weight_sharing=sharing, loss_terms=4)
+    before = parameters(module)
+    assert METHODS[method](module).layers.keys() == {module.out_proj.weight}
     weights = [module.in_proj_weight[i:i + 6] for i in (0, 6, 12)] if "kdim" not in options else [
         module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
@@ -2144,7 +2243,7 @@ def test_kfac_positions_first():
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
         states.append({k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k})
-    assert len(states[0]) == 10
+    assert len(states[0]) == 8
     close(*states, 1e-12)
 
 
