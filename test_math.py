@@ -2064,14 +2064,24 @@ def with_a_test(net):
     y.square().mean().backward()
 
 
-def checkpointed(net):
-    """The whole model under reentrant checkpointing."""
-    x = randn(4, 6).requires_grad_()
-    torch.utils.checkpoint.checkpoint(net, x, use_reentrant=True).square().mean().backward()
+def run_again(net):
+    """The whole model under reentrant checkpointing, and a test before it is run again."""
+    y = checkpoint(net, randn(4, 6).requires_grad_(), use_reentrant=True)
+    with torch.no_grad():
+        net(randn(9, 6))
+    y.square().mean().backward()
 
 
-def conv(shape=lambda y: y):
-    return Returns(shape, nn.Conv2d(3, 2, 3, padding=1))
+def conv(shape=lambda y: y, out=2):
+    return Returns(shape, nn.Conv2d(3, out, 3, padding=1))
+
+
+class Halved(nn.Module):
+    """Parts that leave an image's size behind, which a loss may restore."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.layer = nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(4, 2, 1)
 
 
 def two_calls(net):
@@ -2102,7 +2112,7 @@ def counted(net, passes, loss_terms):
 @pytest.mark.parametrize("loss_terms, build, passes, want", (
     ("samples", Returns, one(4, 6), 4), ("samples", Returns, one(4, 3, 6), 4),
     ("samples", conv, one(4, 3, 5, 6), 4), ("samples", Returns, micro_batches, 6),
-    ("samples", Returns, with_a_test, 4), ("samples", Returns, checkpointed, 4),
+    ("samples", Returns, with_a_test, 4), ("samples", Returns, run_again, 4),
     ("samples", Returns, lambda net: net(torch.ones(3).long(), x=randn(4, 6)).sum().backward(), 4),
     ("samples", lambda: Returns(lambda y: dict(loss=y.sum(), logits=y)),
      lambda net: net(randn(4, 6))["loss"].backward(), 4),
@@ -2118,6 +2128,7 @@ def counted(net, passes, loss_terms):
     ("tokens", lambda: Language(lambda y: y.mean()), tokens, 12),
     ("tokens", lambda: Returns(lambda y: y.transpose(0, 1)), one(3, 4, 6), 12),
     ("tokens", conv, one(4, 3, 5, 6), 120), ("tokens", conv, one(4, 3, 3, 3), 36),
+    ("tokens", lambda: conv(out=3), one(4, 3, 5, 6), 120),
     ("tokens", lambda: conv(lambda y: y[:, 0]), one(4, 3, 5, 6), 120),
     (7, Returns, one(6), 7), (7, Returns, micro_batches, 7), (0.5, Returns, two_calls, 0.5),
     (torch.tensor(9), Returns, one(4, 6), 9)))
@@ -2135,6 +2146,8 @@ def test_kfac_terms(loss_terms, build, passes, want):
     ("samples", Returns, two_calls, "several calls"), ("samples", Returns, perturbed, "several"),
     ("samples", Parts, lambda net: (net.encoder(randn(4, 6)).mean() + net.decoder(
         randn(3, 6)).mean()).backward(), "[3, 4]"),
+    ("tokens", Halved, lambda net: net.layer(net.encoder(randn(4, 3, 6, 8))).mean().backward(),
+     "tokens in common"),
     ("tokens", lambda: Returns(lambda y: y.mean(1)), one(4, 3, 6), "tokens in common"),
     ("tokens", lambda: conv(lambda y: y[..., ::2, ::2]), one(4, 3, 5, 6), "tokens in common")))
 def test_kfac_terms_that_contradict(loss_terms, build, passes, why):
@@ -2256,7 +2269,7 @@ def test_kfac_finds_the_scale(fused):
     def scaled(model, optimizer, data):
         for i, (x, y) in enumerate(data):
             for factor in (math.inf, 1.0) if i % 4 == 0 else (1.0,):
-                optimizer.zero_grad()
+                model.zero_grad(set_to_none=False)
                 scaler.scale(factor * loss_of(model, x, y)).backward()
                 scaler.step(optimizer)
                 scaler.update()
