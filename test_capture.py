@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
-                                                     set_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict,
+    set_state_dict)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -298,6 +299,34 @@ def test_use_that_takes_the_plain_step(use, method):
             close(moved[name], torch.zeros_like(p) if p.grad is None else p.grad, 1e-6
                   if use == "cast" else 1e-12)
     assert listed(optimizer) == {"beside"}
+
+
+@pytest.mark.parametrize("flat", (None, False, True))
+def test_resumed_without_bias(make, flat):
+    """A run that resumes from torch's state, or torch.distributed.checkpoint's: bit for bit."""
+    torch.manual_seed(0)
+    net = Uses(linear(), LONE_USES["another bias"][1], beside=nn.Linear(3, 2)).double()
+    nets, data = (net, copy.deepcopy(net)), randn(6, 5, 4)
+    optimizers = [make(net, loss_terms=5) for net in nets]
+
+    def train(i, part):
+        torch.manual_seed(1)
+        for x in part:
+            optimizers[i].zero_grad()
+            sum(y.square().sum() for y in nets[i](x)).backward()
+            optimizers[i].step()
+    train(0, data[:3])
+    nets[1].load_state_dict(nets[0].state_dict())
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    if flat is None:
+        optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    else:
+        set_optimizer_state_dict(nets[1], optimizers[1], copy.deepcopy(
+            get_optimizer_state_dict(nets[0], optimizers[0], options=options)), options=options)
+    for i in range(2):
+        train(i, data[3:])
+    assert "layer" in listed(optimizers[0])
+    close(snapshot(nets[1], optimizers[1]), snapshot(nets[0], optimizers[0]), 0)
 
 
 # ---- nn.MultiheadAttention ----
