@@ -55,8 +55,8 @@ from mac import MAC
 from models import CIFAR_MODELS, Attention
 from optimizer import running_mean
 from patches import Geometry
-from train_cifar import (COUNT, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
-                         add_optimizer_flags, build, number, print_anything, user_path, write_file)
+from run import (COUNT, OPTIMIZER_FLAGS, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
+                 make_optimizer, number, print_anything, user_path, write_file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def principal_plane(points):
 
 class Setup(NamedTuple):
     data: datasets.Data
-    config: dict               # what train_cifar.build takes
+    config: dict               # what build takes
     net: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -283,6 +283,17 @@ def set_up(args, optim=None):
         config[name] = published if given is None else given
     data = datasets.load(args.dataset, args.data_dir)
     return Setup(data, config, *build(config, data))
+
+
+def build(config, data):
+    """The network and the optimizer with which train_cifar.py begins such a run."""
+    torch.manual_seed(config["run"])
+    net = CIFAR_MODELS[config["model"]](data.num_classes, *data.train_images.shape[1:3])
+    try:
+        return net, make_optimizer(net, net.parameters(), dict(config, seed=config["run"]),
+                                   RECIPES[config["optim"]])
+    except ValueError as error:  # an impossible combination, in the words of who refused it
+        raise UsageError(str(error))
 
 
 def training(setup, steps, text="steps"):
@@ -339,6 +350,7 @@ def read_run(folder):
         config = dict(saved["config"], channels_last=False)
         if config["model"] not in CIFAR_MODELS or config["dataset"] not in datasets.STATISTICS:
             raise KeyError(config["model"])
+        config.setdefault("run", config.get("seed"))          # as here the seed is called
         for name in ("run", *RECIPES[config["optim"]]):       # what build() and a caption need
             config[name]
         return config, {name: saved[name] for name in ("epoch", "model")}
@@ -1329,13 +1341,13 @@ def add_flags(figure, defaults):
     flag("grid", "points of the surface along each axis", metavar="N",
          type=number(int, lambda v: v >= 2, "a whole number of at least 2"))
 
-    def optimizer_flag(group, name, *alias, help, default=None, **kwargs):
+    group = figure.add_argument_group("optimizer (what is not given is as published)")
+    for name, settings in OPTIMIZER_FLAGS.items():
         if name != "calibrate":                      # a pass over all data, in MAC's first layer
+            help = settings["help"]
             if name in defaults:
                 help = f"{help} (default for sgd {defaults[name]})"
-            group.add_argument(f"--{name}", *alias, dest=name, default=None, help=help, **kwargs)
-    add_optimizer_flags(optimizer_flag, figure.add_argument_group(
-        "optimizer (what is not given is as published)"))
+            group.add_argument(f"--{name}", **{**settings, "help": help})
 
 
 def main(argv):

@@ -47,7 +47,7 @@ from attention import Attention
 from capture import Watcher
 from models import CIFAR_MODELS
 from optimizer import Preconditioner
-from train_cifar import COUNT, FILES, RECIPES, Parser, UsageError, optimizer_class
+from run import COUNT, FILES, RECIPES, Parser, UsageError, optimizer_class
 
 PARTS = ("statistics", "factorisation", "application")
 # What is timed of a step: the calls of these methods; what is left of step() is application.

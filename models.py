@@ -912,30 +912,10 @@ GPT_SIZES = {
 
 # ---------------------------------------------------------------------------------------------
 
-CIFAR_MODELS = {
-    "resnet20": resnet20,
-    "resnet32": resnet32,
-    "resnet44": resnet44,
-    "resnet56": resnet56,
-    "resnet110": resnet110,
-    "resnet18_cifar": resnet18_cifar,
-    "resnet34_cifar": resnet34_cifar,
-    "resnet50_cifar": resnet50_cifar,
-    "wrn28_10": wrn28_10,
-    "densenet121_cifar": densenet121_cifar,
-    "vgg16_bn_cifar": vgg16_bn_cifar,
-    "lenet5": lenet5,
-    "deit_tiny_cifar": deit_tiny_cifar,
-}
+CIFAR_MODELS = {make.__name__: make for make in (
+    resnet20, resnet32, resnet44, resnet56, resnet110, resnet18_cifar, resnet34_cifar,
+    resnet50_cifar, wrn28_10, densenet121_cifar, vgg16_bn_cifar, lenet5, deit_tiny_cifar)}
 
-IMAGENET_MODELS = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-    "deit_tiny_patch16_224": deit_tiny_patch16_224,
-    "deit_small_patch16_224": deit_small_patch16_224,
-    "deit_base_patch16_224": deit_base_patch16_224,
-    "swin_tiny_patch4_window7_224": swin_tiny_patch4_window7_224,
-}
+IMAGENET_MODELS = {make.__name__: make for make in (
+    resnet18, resnet34, resnet50, resnet101, resnet152, deit_tiny_patch16_224,
+    deit_small_patch16_224, deit_base_patch16_224, swin_tiny_patch4_window7_224)}
