@@ -1143,6 +1143,13 @@ def pairs_of_tokens(m, x):
     return eager(*(y.reshape(-1, 1, 2, 12) for y in m.qkv(x).chunk(3, -1)))
 
 
+def across_tokens(m, x):
+    """Values that begin in a token's columns and end in the next one's."""
+    y = m.qkv(x)
+    v = y.flatten(1)[:, 15:69].unflatten(1, (3, 18))[..., :6]
+    return eager(y[:, :3, :6], y[:, :3, 6:12], v)
+
+
 def changed_in_place(m, x):
     y = m.qkv(x)
     y[..., 12:].relu_()
@@ -1215,6 +1222,7 @@ ATTENTIONS = {       # O, the layers, which of their rows are those of v; none: 
     "two attentions": (two_attentions, QKV, V),
     "k is v elsewhere": (two_values, QKV, {}),
     "pairs of tokens": (pairs_of_tokens, QKV, {}),
+    "across tokens": (across_tokens, QKV, {}),
     "changed in place": (changed_in_place, QKV, {}),
     "scores in place": (scores_in_place, QKV, {}),
     "CausalBias": (causal_bias, QKV, {}),
@@ -1327,6 +1335,21 @@ def test_mac_attention_on_ranks(kinds, blocks):
             close(mean[plain], mean[:1].expand(len(plain), -1), 1e-12)
     if "v" not in blocks:
         close(results[0], want, 1e-12)
+
+
+def test_mac_attention_not_followed_later():
+    """Where a step's attention is not followed the rows of v are unknown: it adds nothing."""
+    net = Attends(ATTENTIONS["thirds"][0], qkv=18, beside=6).double()
+    optimizer = MAC(net, input_covariance=False, tcov=1)
+    means = []
+    for attend in (net.attend, not_followed, net.attend):
+        optimizer.zero_grad()
+        net.attend = attend
+        net(net.beside(randn(3, 4, 6))).square().sum().backward()
+        optimizer.step()
+        means.append(optimizer.state[net.qkv.weight]["mean"].clone())
+    assert torch.equal(means[1], means[0]) and not torch.equal(means[2], means[1])
+    assert optimizer.state[net.qkv.weight]["updates"] == 2
 
 
 @pytest.mark.parametrize("before", ("thirds", "not followed", "heads first"))
