@@ -249,7 +249,7 @@ class KFAC(PreconditionedSGD):
     grad_scaler: the torch.amp.GradScaler in use; needed if its unscale_() is called before step().
     """
 
-    kinds = dict(linear="Kronecker factors", conv="Kronecker factors")
+    kinds = dict.fromkeys(("linear", "projection", "conv"), "Kronecker factors")
     needs_gradients = True
     failure = ("the covariances of layer {name} with damping {damping} are not positive definite "
                "to rounding; raise damping")
