@@ -303,12 +303,12 @@ class Watcher(TorchFunctionMode):
         # A linear's output on more than two dimensions is a view; an in-place activation replaces
         # the view's history, and a hook on it would never fire. Its base sees the gradient always.
         (out._base if out._is_view() else out).register_hook(
-            partial(self.arrived, layer, use, sums, rows))
+            partial(self.arrived, layer, layer.d, use, sums, rows))
 
     @torch.compiler.disable
-    def arrived(self, layer, use, sums, rows, grad):
+    def arrived(self, layer, d, use, sums, rows, grad):
         optimizer, backward = self.optimizer(), torch._C._current_graph_task_id()
-        if optimizer is None or optimizer.ignores_gradients:
+        if optimizer is None or optimizer.ignores_gradients or layer.d != d:   # without bias since
             return
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
         # and so are the sums that it left.

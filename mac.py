@@ -307,8 +307,10 @@ class MAC(PreconditionedSGD):
 
     def blocks_of(self, layer, use):
         values = layer.found.get("values", (1, ()))[1]
-        if use.kind == "values" or not values:
-            return list(values) or use.blocks
+        if use.kind == "values":
+            return list(values)
+        if not values and use.of == layer.blocks:
+            return use.blocks
         times = layer.blocks // use.of
         start, stop, _ = use.blocks.indices(use.of)
         return [i for i in range(start * times, stop * times) if i not in values]
@@ -328,7 +330,7 @@ class MAC(PreconditionedSGD):
     def begin_step(self):
         super().begin_step()
         for layer in self.layers.values():
-            if layer.kind == "linear" and "updates" in self.state.get(layer.weight, {}):
+            if layer.kind != "conv" and "updates" in self.state.get(layer.weight, {}):
                 # always there, and one number: torch.distributed.checkpoint flattens no lists
                 self.state[layer.weight]["values"] = sum(
                     2 ** i for i in layer.found["values"][1]) if "values" in layer.found else -1

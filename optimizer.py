@@ -147,8 +147,6 @@ class Preconditioner(torch.optim.Optimizer):
                 layer.on = self.steps % group["tcov"] == 0 and not state.get("fixed", False)
                 if "updates" in state:
                     state["step"] = self.steps
-                    if "bias" in layer.found:
-                        state["bias"] = layer.found["bias"]
         self.watcher.reset()
         self.watcher.on = any(layer.on for layer, _ in self.grouped())
 
@@ -297,8 +295,10 @@ class Preconditioner(torch.optim.Optimizer):
 
     def restore(self, layer, saved):
         """A layer's statistics as they were saved, checked against what it measures."""
-        if "bias" in saved and layer.bias is not None:
-            self.part_with_bias(layer)
+        if layer.bias is not None and any(
+                saved[name].shape != torch.Size(shape)
+                for name, shape in (layer.measured | layer.prepared).items() if name in saved):
+            self.part_with_bias(layer)               # as it had; if not, it is refused below
             self.state[layer.weight]["updates"] = saved["updates"]
         for name, shape in (layer.measured | layer.prepared).items():
             if name not in saved:
