@@ -20,8 +20,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
 
     symbol   in code                     shape
     G        G                           (blocks, out/blocks, d); d = C/groups·kh·kw (+ 1 for bias);
-                                         one block per group of a convolution, three for the q, k, v
-                                         of nn.MultiheadAttention
+                                         one block per group of a convolution
     A, P     state "covariance",         (blocks, d(d+1)/2), (blocks, ·): lower triangles by rows
              "output_covariance"
     Cholesky factors of (3): "factor", "output_factor"           (blocks, d, d), (blocks, ·, ·)
@@ -83,7 +82,8 @@ any: covariance.py, shift_gram; patches.py, patch_sum. Else patches are copied, 
 
 THROWN AWAY: what couples layers; all correlation of inputs with output gradients; with 'expand',
 that of positions with each other. Norm layers, embeddings and weights tied to one, recurrent
-layers, transposed, 1-D and 3-D convolutions and computed weights take the plain step.
+layers, transposed, 1-D and 3-D convolutions, computed weights, and q, k, v of nn.MultiheadAttention
+take the plain step; these three would be blocks of one weight if `kinds` held "projection".
 
 DEPARTURES from Martens and Grosse, of whom not here: the block-tridiagonal inverse (§4.3), the
 rescaled step (§6.4), the adaptation of λ (§6.5), a separate damping of the factors (§6.6: here √λ),
@@ -249,7 +249,7 @@ class KFAC(PreconditionedSGD):
     grad_scaler: the torch.amp.GradScaler in use; needed if its unscale_() is called before step().
     """
 
-    kinds = dict.fromkeys(("linear", "projection", "conv"), "Kronecker factors")
+    kinds = dict(linear="Kronecker factors", conv="Kronecker factors")
     needs_gradients = True
     failure = ("the covariances of layer {name} with damping {damping} are not positive definite "
                "to rounding; raise damping")

@@ -1154,7 +1154,7 @@ def test_mac_attention_kinds(kind, chunked, monkeypatch):
     number, is ā_V.
     """
     if chunked:
-        set_everywhere(monkeypatch, "CHUNK", 1)
+        set_everywhere(monkeypatch, "CHUNK", 1)           # one sample at a time
     attend, widths, values = ATTENTIONS[kind]
     net, inputs = Attends(attend, **widths).double(), {}
     spread(net)
@@ -2178,21 +2178,27 @@ def test_kfac_terms_said():
     raises(ValueError, ["loss_terms", "'all'"], optimizer.step)
 
 
+class KFACOfProjections(KFAC):
+    kinds = KFAC.kinds | dict(projection="Kronecker factors")
+
+
 @pytest.mark.parametrize("sharing", ("expand", "reduce"))
 @pytest.mark.parametrize("own", (False, True))
 @pytest.mark.parametrize("options", (dict(), dict(batch_first=True), dict(bias=False),
                                      dict(kdim=4, vdim=5)), ids=str)
 def test_kfac_attention(options, own, sharing):
-    """nn.MultiheadAttention: q, k, v by their own inputs and gradients, out_proj as any layer."""
+    """out_proj of nn.MultiheadAttention; q, k, v by their own inputs, where they are asked for."""
     module = nn.MultiheadAttention(6, 2, **options).double()
     if own and "kdim" in options:
         return
     sizes = ((3, 6), (5, options.get("kdim", 6)), (5, options.get("vdim", 6)))
-    given = [randn(4, n, d) for n, d in (sizes if not own else sizes[:1] * 3)]      # (B, S, d)
+    given = [randn(4, n, d) for n, d in sizes]                             # (B, S, d)
     if own:
         given = given[:1] * 3
     method = "kfac" if sharing == "expand" else "kfac, reduce"
-    optimizer, before = METHODS[method](module, loss_terms=4), parameters(module)
+    optimizer = factory(KFACOfProjections, **EXACT)(module, weight_sharing=sharing, loss_terms=4)
+    before = parameters(module)
+    assert METHODS[method](module).layers.keys() == {module.out_proj.weight}
     weights = [module.in_proj_weight[i:i + 6] for i in (0, 6, 12)] if "kdim" not in options else [
         module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
@@ -2235,7 +2241,7 @@ def test_kfac_positions_first():
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
         states.append({k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k})
-    assert len(states[0]) == 10
+    assert len(states[0]) == 8
     close(*states, 1e-12)
 
 
