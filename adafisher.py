@@ -100,8 +100,7 @@ ERRATA, against the released code, of which 'released' keeps (3r) alone. It
 USAGE
     optimizer = AdaFisher(model, lr=1e-3, weight_decay=5e-4)
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
+    F.cross_entropy(model(x), y).backward()
     optimizer.step()
 """
 import torch
@@ -335,25 +334,14 @@ class AdaFisher(Preconditioner):
 
     # ---- the step ----
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def step(self, closure=None):
+    def take_step(self):
         """Statistics, F̃, moments, step. p.grad stays as it is."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self.is_trial():
-            return loss
         with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
             self.update_statistics()
             if self.collecting or self.factors is None:
                 self.refresh()
         for group in self.param_groups:
             self.update(group, [p for p in group["params"] if p.grad is not None])
-        self.steps += 1
-        self.begin_step()
-        return loss
 
     def update(self, group, params):
         """(7) for the parameters of a group that have a gradient, in few kernels."""

@@ -270,12 +270,7 @@ class KFAC(PreconditionedSGD):
         self.fisher, self.inverse, self.reduce = fisher, inverse, weight_sharing == "reduce"
         self.loss_terms, self.kl_clip, self.grad_scaler = loss_terms, kl_clip, grad_scaler
         self.error = None
-        super().__init__(
-            model, params,
-            dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                 maximize=maximize, foreach=foreach, fused=fused),
-            dict(decoupled_weight_decay=decoupled_weight_decay, damping=damping,
-                 stat_decay=stat_decay, tcov=tcov, tinv=tinv))
+        super().__init__(locals())
         # a GradScaler then hands its scale over, and leaves it to step() to skip
         self._step_supports_amp_scaling = grad_scaler is None
 
