@@ -2889,12 +2889,13 @@ def test_adafisher_as_released_is_momentum_sgd():
 
 @pytest.mark.parametrize("Optimizer", (AdaFisher, AdaFisherW))
 @pytest.mark.parametrize("build, size, plain, said", (
-    (make_net, 6, ("extra",), ("block.norm1: 8×2, per channel", "head: 5×9, outer product",
-                               "encoder.self_attn.in_proj_weight: 24×9, outer product")),
+    (make_net, 6, ("encoder.self_attn.in_proj", "extra"), (
+        "block.norm1: 8×2, per channel", "head: 5×9, outer product",
+        "encoder.self_attn.out_proj: 8×9, outer product")),
     (lambda: models.VisionTransformer(6, 2, 24, 1, 3, 5, 3).double(), 6,
      ("cls_token", "pos_embed"), ("plain step: cls_token",))))
 def test_adafisher_without_a_layer(Optimizer, build, size, plain, said):
-    """F̃ = 1 where no layer is: class tokens, positions; all else by more."""
+    """F̃ = 1 where no layer is: class tokens, positions, q, k and v of nn.MultiheadAttention."""
     net = build()
     optimizer, before = Optimizer(net, lr=1e-3, averaging="printed"), parameters(net)
     usual(net, optimizer, make_data(1))
@@ -2941,40 +2942,6 @@ def test_adafisher_late_layer():
         if i > 0:
             step = (before["late.weight"] - net.late.weight) / (0.01 * net.late.weight.grad)
             assert ((step - 1).abs().max() < 1e-10) == (i < 3), i
-
-
-@pytest.mark.parametrize("kdim", (6, 4))
-def test_adafisher_multihead_attention(kdim):
-    """nn.MultiheadAttention: q, k, v are three blocks of one weight, or three weights.
-
-    Of three weights, the shared bias takes F̃ = 1.
-    """
-    module = nn.MultiheadAttention(6, 2, kdim=kdim).double()
-    nn.init.normal_(module.in_proj_bias)
-    inputs = [randn(3, 4, d) for d in (6, kdim, 6)]                          # tokens, batch
-    optimizer, before = METHODS["adafisher"](module), parameters(module)
-    weights = module.in_proj_weight.chunk(3) if kdim == 6 else (
-        module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    outputs = [F.linear(x, W, b) for x, W, b in zip(inputs, weights, module.in_proj_bias.chunk(3))]
-    heads = [y.view(3, 8, 3).transpose(0, 1) for y in outputs]
-    mixed = F.scaled_dot_product_attention(*heads).transpose(0, 1).reshape(3, 4, 6)
-    s = torch.autograd.grad(module.out_proj(mixed).square().sum(), outputs)
-    H = [(F.pad(x, (0, 1), value=1.0) if kdim == 6 else x).square().mean((0, 1)) for x in inputs]
-    S = [y.square().mean((0, 1)) for y in s]
-    module(*inputs)[0].square().sum().backward()
-    optimizer.step()
-    if kdim == 6:
-        H, S = (min_max(torch.stack(v)) for v in (H, S))
-        H, b = H[:, :-1], min_max(torch.cat(list(S))) * H[:, -1:].repeat_interleave(6, 0)[:, 0]
-        want = {"in_proj_weight": torch.cat([torch.outer(*v) for v in zip(S, H)]),
-                "in_proj_bias": b}
-    else:
-        want = {f"{c}_proj_weight": torch.outer(min_max(v), min_max(h))
-                for c, v, h in zip("qkv", S, H)}
-        want["in_proj_bias"] = torch.tensor(0.7)
-    for name, fisher in want.items():
-        p = module.get_parameter(name)
-        close(before[name] - p, p.grad / (0.3 + fisher), 1e-10)
 
 
 class Permuted(nn.LayerNorm):
