@@ -147,6 +147,19 @@ def test_ranks_share_the_samples():
     assert (labels == source.labels).all() and 0 <= labels.min() and labels.max() <= 6
 
 
+def first_number(image, rng):
+    return torch.tensor([int(rng.integers(2 ** 62))])
+
+
+def test_each_copy_is_augmented_its_own_way():
+    """The copies of an image in an epoch, and an image in two epochs, draw other numbers."""
+    source = DummyImages(256, 2, 2)
+    numbers = [x for epoch in range(2) for rank in range(2) for x, _ in epoch_of(
+        source, first_number, 32, epoch, rank=rank, world=2, repeats=3)]
+    assert len(torch.cat(numbers).unique()) == 512
+    assert len({source.read(i).tobytes() for i in range(256)}) == 256
+
+
 def test_fewer_images():
     """Evenly spaced in a sorted source: classes keep their shares, and what is read is theirs."""
     source = DummyImages(90, 4, 5)
@@ -195,7 +208,7 @@ def test_fingerprint_of_folders(tmp_path):
     class_folders(tmp_path / "set", (2, 2))
     prints = [check()]
     train = tmp_path / "set" / "train"
-    for old, new in (("cat/cat_0.jpg", "cat/cat_9.jpg"), ("cat/cat_1.jpg", "dog/cat_1.jpg"),
+    for old, new in (("cat/cat_1.jpg", "dog/cat_1.jpg"), ("cat/cat_0.jpg", "cat/cat_9.jpg"),
                      ("dog/cat_1.jpg", "cat/dog_1.jpeg"), ("cat", "zebra"), ("zebra", "ant")):
         (train / old).rename(train / new)
         prints.append(check())
@@ -203,7 +216,7 @@ def test_fingerprint_of_folders(tmp_path):
     (tmp_path / "set").rename(tmp_path / "away")
     class_folders(tmp_path / "set", (2, 2))
     assert check() == prints[0] and re.fullmatch("[0-9a-f]{16}", prints[0])
-    Image.new("L", (9, 9)).save(tmp_path / "set" / "train" / "cat" / "cat_0.jpg")
+    Image.new("L", (9, 9)).save(tmp_path / "set" / "train" / "dog" / "dog_1.jpg")
     assert check() not in prints
 
 
@@ -544,16 +557,22 @@ SIGNALLED = """
 import signal, time
 from augment import train_transform
 from images import DummyImages, ImageLoader
+signal.signal(signal.SIGINT, signal.default_int_handler)
 loader = ImageLoader(DummyImages(4000, 32, 5), train_transform("torchvision", 16), 8, seed=0,
                      train=True, workers=2)
 stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-signal.signal(signal.SIGINT, signal.default_int_handler)
+def note(number, _):
+    stop.append(number)
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)
 try:
     for i, _ in enumerate(loader):
-        if i == 3: print("go", flush=True)
-        if stop and len(stop) < 20: stop.append(1)
-        if len(stop) == 20: print("stopped", flush=True); stop.append(1)
+        if i == 3:  # not before the workers start: they would inherit it
+            signal.signal(signal.SIGTERM, note)
+            signal.signal(signal.SIGINT, note)
+            print("go", flush=True)
+        if stop: stop.append(i)
+        if len(stop) == 20: print("goes on", flush=True); stop.clear()
         time.sleep(0.02)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
@@ -569,8 +588,9 @@ def test_signals():
                            start_new_session=True)
     try:
         assert run.stdout.readline() == "go\n", run.communicate()
-        os.killpg(run.pid, signal.SIGTERM)
-        assert run.stdout.readline() == "stopped\n", run.communicate()  # workers went on
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.killpg(run.pid, number)
+            assert run.stdout.readline() == "goes on\n", run.communicate()
         os.killpg(run.pid, signal.SIGINT)
         out, errors = run.communicate(timeout=60)
         assert out == "interrupted\n" and not errors and run.returncode == 0, (out, errors)

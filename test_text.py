@@ -19,7 +19,7 @@ from text import (WIKITEXT, all_windows, load_text, num_windows, spell, split_ch
 
 def test_characters(tmp_path):
     """Any Unicode text and back, plain and gzipped; nine tenths for training; one vocabulary."""
-    text = "naïve ❤ 字\n\ttabs, \r\n and 𝒳." * 7 + "\n"
+    text = "naïve ❤ 字 𠀀 \U0010ffff\n\ttabs, \r\n and 𝒳." * 7 + "\n"
     put(tmp_path, plain=text.encode(), packed=gzip.compress(text.encode()))
     for name in ("plain", "packed"):
         loaded = load_text(tmp_path / name)
@@ -212,6 +212,7 @@ def test_windows():
     tokens = torch.arange(103)
     batches = list(windows(tokens, 10, 3, seed=0, epoch=0))
     assert len(batches) == num_windows(tokens, 10) // 3 == 3
+    assert [len(x) for x, _ in windows(tokens, 10, 4, seed=0, epoch=0)] == [4, 4]  # of 9 windows
     starts = torch.cat([x[:, 0] for x, _ in batches])
     for x, y in batches:
         assert torch.equal(x, x[:, :1] + torch.arange(10)) and torch.equal(y, x + 1)
