@@ -22,9 +22,9 @@ and with averaging='released', the default, from H = S = 1, in the place of (3) 
          in (5) H and S themselves are H′ and S′; λ + (0.1γ)ᵏ S for b   (H of a constant 1: v = 0)
 
     symbol   in code              shape
-    H        state "H"            (blocks, d): one block per group of a convolution, three for the
-                                  q, k, v of nn.MultiheadAttention; d = in or C/groups·kh·kw, + 1
-                                  for a bias; (1, C) of a norm.  'released': A of (8) is stored
+    H        state "H"            (blocks, d): one block per group of a convolution; d = in or
+                                  C/groups·kh·kw, + 1 for a bias; (1, C) of a norm. 'released': A
+                                  of (8) is stored
     S        state "S"            (blocks, out/blocks); (1, C) of a norm; s is R·∂(mean loss)/∂output,
                                   'released': ∂(mean loss)/∂output
     H′, S′   factors              (n, blocks, 1, d), (n, blocks, out/blocks, 1) of n layers of one
@@ -67,11 +67,11 @@ constant up to rounding (a dead layer, one channel) carries no information: v′
 BatchNorm's h has E[h²] = σ²/(σ² + ε), 1 but for ε; (4) stretches this to [0, 1], so a BatchNorm's
 H′ ranks its channels by input variance and by nothing else.
 
-WITHOUT A LAYER: embeddings, class tokens, layers of other kinds (1-D, 3-D and transposed
-convolutions, RMSNorm), every raw parameter, and a layer until it has run in a statistics step;
-print(optimizer) lists them. F̃ = 1 is the paper's identity for unsupported layers and its initial F:
-momentum of step α, small beside the α/λ of flat directions. For F̃ = λ give such parameters a group
-of their own with lr = α/λ.
+WITHOUT A LAYER: embeddings, class tokens, the q, k, v of nn.MultiheadAttention, layers of other
+kinds (1-D, 3-D and transposed convolutions, RMSNorm), every raw parameter, and a layer until it has
+run in a statistics step; print(optimizer) lists them. F̃ = 1 is the paper's identity for unsupported
+layers and its initial F: momentum of step α, small beside the α/λ of flat directions. For F̃ = λ
+give such parameters a group of their own with lr = α/λ.
 
 COST per layer: statistic O(numel of input and output) every tcov steps, application 2·out·d per
 step for forming F̃ beside Adam's own; state out + d numbers, and m̂ (Adam has two such).
@@ -83,8 +83,8 @@ count as micro-batches: S has their squares without the cross term. Add them up 
 
 DEPARTURES from the paper. Algorithm 1 refreshes H and S in every step: tcov=1; the default is the
 100 of the released code. Left open by the paper and read so: γ weighs the past; the average starts
-from the first batch; F_b has no H′ (min-max of its constant ones would be 0/0); all blocks of a
-layer share one min-max; GroupNorm takes (2) like LayerNorm. s comes from the training labels: H and
+from the first batch; F_b has no H′ (min-max of its constant ones would be 0/0); all groups of a
+convolution share one min-max; GroupNorm takes (2) like LayerNorm. s comes from the training labels: H and
 S are of the empirical Fisher.
 
 ERRATA, against the released code, of which 'released' keeps (3r) alone. It
@@ -100,8 +100,7 @@ ERRATA, against the released code, of which 'released' keeps (3r) alone. It
 USAGE
     optimizer = AdaFisher(model, lr=1e-3, weight_decay=5e-4)
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
+    F.cross_entropy(model(x), y).backward()
     optimizer.step()
 """
 import torch
@@ -259,8 +258,6 @@ class AdaFisher(Preconditioner):
 
     def set_up(self, layer):
         n, rows = layer.weight.numel(), layer.out // layer.blocks
-        if layer.bias is not None and len(layer.bias) != layer.out:      # that of q, k, v together,
-            layer.bias = None                                            # whose weights stand apart
         layer.measured = dict(H=(1, n), S=(1, n)) if layer.kind == "norm" else \
             dict(H=(layer.blocks, layer.d), S=(layer.blocks, rows))
 
@@ -335,25 +332,14 @@ class AdaFisher(Preconditioner):
 
     # ---- the step ----
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def step(self, closure=None):
+    def take_step(self):
         """Statistics, F̃, moments, step. p.grad stays as it is."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self.is_trial():
-            return loss
         with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
             self.update_statistics()
             if self.collecting or self.factors is None:
                 self.refresh()
         for group in self.param_groups:
             self.update(group, [p for p in group["params"] if p.grad is not None])
-        self.steps += 1
-        self.begin_step()
-        return loss
 
     def update(self, group, params):
         """(7) for the parameters of a group that have a gradient, in few kernels."""

@@ -208,9 +208,9 @@ def multiplier(optimizer, module):
     state, scale = optimizer.state.get(weight, {}), 1.0
     damping = optimizer.param_groups[0].get("damping")
     if isinstance(optimizer, AdaFisher):
-        values = [optimizer.curvature[p] for p in params if p in optimizer.curvature]
-        values = [torch.mul(*v) if isinstance(v, tuple) else v for v in values]
-        values = torch.cat([v.flatten() for v in values]) if values else None
+        fisher = optimizer.fisher(optimizer.param_groups[0])
+        values = [fisher[p].flatten() - damping for p in params if p in fisher]
+        values = torch.cat(values) if values else None
     elif params and "exp_avg_sq" in optimizer.state.get(params[0], {}):      # Adam, AdamW
         group = optimizer.param_groups[0]
         damping, second = group["eps"], [optimizer.state[p] for p in params]
@@ -350,7 +350,8 @@ def read_run(folder):
         config = dict(saved["config"], channels_last=False)
         if config["model"] not in CIFAR_MODELS or config["dataset"] not in datasets.STATISTICS:
             raise KeyError(config["model"])
-        config.setdefault("run", config.get("seed"))          # as here the seed is called
+        if "seed" in config:
+            config["run"] = config["seed"]                    # as it is called here
         for name in ("run", *RECIPES[config["optim"]]):       # what build() and a caption need
             config[name]
         return config, {name: saved[name] for name in ("epoch", "model")}
@@ -424,7 +425,7 @@ def second_moments(net, batches, names):
 
 
 def use_of(module, x, output):
-    """The use that a Linear or Conv2d (groups = 1) made of its weight on the way from x to output."""
+    """The use that a Linear or Conv2d (groups = 1) made of its weight, from x to output."""
     if isinstance(module, nn.Linear):
         return Use("linear", x, None, output.shape, x.numel() // x.shape[-1], slice(None), 1)
     rows = len(x) * output.shape[2] * output.shape[3]
@@ -493,8 +494,10 @@ class PlainMomentum:
     """The moment that an optimizer would keep of raw gradients: heavy ball, or Adam's average."""
 
     def __init__(self, group):
-        self.averages, self.nesterov = "momentum" not in group, group.get("nesterov", False)
-        self.decay = group.get("momentum", group.get("beta", group.get("betas", (0,))[0]))
+        self.averages = group.get("momentum") is None
+        self.decay = group.get("beta", group.get("betas", (0,))[0]) if self.averages else \
+            group["momentum"]
+        self.nesterov = group.get("nesterov", False)
         self.moments = {}
 
     def add(self, p):

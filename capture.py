@@ -188,6 +188,7 @@ class Watcher(TorchFunctionMode):
                 return
             if self.calls is not None:
                 self.calls.begin(args, kwargs)
+            self.local.optimizer = self.optimizer()    # it lives, and so do its hooks, to the end
             self.__enter__()
         self.inside.append(module)
 
@@ -200,6 +201,7 @@ class Watcher(TorchFunctionMode):
             pass
         if not self.inside:
             self.__exit__(None, None, None)
+            self.local.optimizer = None
             if self.calls is not None:
                 self.calls.end(output)
             if self.attention is not None:
@@ -287,8 +289,8 @@ class Watcher(TorchFunctionMode):
 
     def record(self, found, kind, x, out, bias, **details):
         """Measure a use of a layer; its sums are pending from when it is backpropagated."""
-        layer, optimizer = found[0], self.optimizer()       # None if it died in this pass
-        use = self.use_of(found, kind, x, out, bias, **details) if layer.on and optimizer else None
+        layer, optimizer = found[0], self.optimizer()
+        use = self.use_of(found, kind, x, out, bias, **details) if layer.on else None
         if use is None:
             return
         if kind == "linear" and self.attention is not None:

@@ -63,8 +63,7 @@ ERRATA, against the paper and the released implementations:
 USAGE
     optimizer = FOOF(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
+    F.cross_entropy(model(x), y).backward()
     optimizer.step()
 """
 import torch
@@ -105,12 +104,7 @@ class FOOF(PreconditionedSGD):
     def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, nesterov=False,
                  weight_decay=0.0, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95,
                  tcov=5, tinv=50, maximize=False, foreach=None, fused=None):
-        super().__init__(
-            model, params,
-            dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                 maximize=maximize, foreach=foreach, fused=fused),
-            dict(decoupled_weight_decay=decoupled_weight_decay, damping=damping,
-                 stat_decay=stat_decay, tcov=tcov, tinv=tinv))
+        super().__init__(locals())
 
     def set_up(self, layer):
         d = layer.d

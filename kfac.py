@@ -20,8 +20,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
 
     symbol   in code                     shape
     G        G                           (blocks, out/blocks, d); d = C/groups·kh·kw (+ 1 for bias);
-                                         one block per group of a convolution, three for the q, k, v
-                                         of nn.MultiheadAttention
+                                         one block per group of a convolution
     A, P     state "covariance",         (blocks, d(d+1)/2), (blocks, ·): lower triangles by rows
              "output_covariance"
     Cholesky factors of (3): "factor", "output_factor"           (blocks, d, d), (blocks, ·, ·)
@@ -83,7 +82,8 @@ any: covariance.py, shift_gram; patches.py, patch_sum. Else patches are copied, 
 
 THROWN AWAY: what couples layers; all correlation of inputs with output gradients; with 'expand',
 that of positions with each other. Norm layers, embeddings and weights tied to one, recurrent
-layers, transposed, 1-D and 3-D convolutions and computed weights take the plain step.
+layers, transposed, 1-D and 3-D convolutions, computed weights, and q, k, v of nn.MultiheadAttention
+take the plain step; these three would be blocks of one weight if `kinds` held "projection".
 
 DEPARTURES from Martens and Grosse, of whom not here: the block-tridiagonal inverse (§4.3), the
 rescaled step (§6.4), the adaptation of λ (§6.5), a separate damping of the factors (§6.6: here √λ),
@@ -270,12 +270,7 @@ class KFAC(PreconditionedSGD):
         self.fisher, self.inverse, self.reduce = fisher, inverse, weight_sharing == "reduce"
         self.loss_terms, self.kl_clip, self.grad_scaler = loss_terms, kl_clip, grad_scaler
         self.error = None
-        super().__init__(
-            model, params,
-            dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                 maximize=maximize, foreach=foreach, fused=fused),
-            dict(decoupled_weight_decay=decoupled_weight_decay, damping=damping,
-                 stat_decay=stat_decay, tcov=tcov, tinv=tinv))
+        super().__init__(locals())
         # a GradScaler then hands its scale over, and leaves it to step() to skip
         self._step_supports_amp_scaling = grad_scaler is None
 

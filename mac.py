@@ -83,8 +83,7 @@ A₁ is averaged online like ā; `calibrate` fixes it by one pass over the data 
 USAGE
     optimizer = MAC(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
+    F.cross_entropy(model(x), y).backward()
     optimizer.step()
 """
 import re
@@ -164,12 +163,7 @@ class MAC(PreconditionedSGD):
                  weight_decay=0.0, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95,
                  tcov=5, tinv=50, input_covariance=True, maximize=False, foreach=None, fused=None):
         self.input_covariance, self.first = input_covariance, None
-        super().__init__(
-            model, params,
-            dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                 maximize=maximize, foreach=foreach, fused=fused),
-            dict(decoupled_weight_decay=decoupled_weight_decay, damping=damping,
-                 stat_decay=stat_decay, tcov=tcov, tinv=tinv))
+        super().__init__(locals())
         self.watcher.attention = Attention(self.watcher)
 
     def set_up(self, layer):

@@ -137,7 +137,21 @@ class Preconditioner(torch.optim.Optimizer):
         """The layer's blocks to which the sums of a use belong."""
         return use.blocks
 
-    # ---- the averages ----
+    # ---- the step ----
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step, with what is due in it; returns the loss of the closure, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.is_trial():
+            self.take_step()
+            self.steps += 1
+            self.begin_step()
+        return loss
 
     def begin_step(self):
         """Tell the watcher whether the coming step's batch counts; note the step in the state."""
@@ -155,6 +169,8 @@ class Preconditioner(torch.optim.Optimizer):
         """Will the coming forward pass feed statistics? Then a compiled model falls back to
         eager calls: faster is to call the plain model now, and the compiled one otherwise."""
         return self.watcher.on
+
+    # ---- the averages ----
 
     def update_statistics(self):
         """Join the pending sums of the layers due to their averages."""
@@ -375,17 +391,16 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
     checks = dict(decoupled_weight_decay=(lambda v: v in (True, False), "True or False"),
                   damping=POSITIVE, stat_decay=DECAY, tcov=PERIOD, tinv=PERIOD)
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def step(self, closure=None):
+    def __init__(self, given):
+        """given: the arguments of a method's constructor by name, as locals() has them there."""
+        of_sgd = ("lr", "momentum", "nesterov", "weight_decay", "maximize", "foreach", "fused")
+        super().__init__(given["model"], given["params"],
+                         {name: given[name] for name in of_sgd if name in given},
+                         {name: given.get(name, False) for name in self.checks})
+
+    def take_step(self):
         """Statistics, refresh, precondition, momentum-SGD step. Afterwards p.grad is raw again."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         raw, decay = {}, []
-        if self.is_trial():
-            return loss
         try:
             with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
                 self.update_statistics()
@@ -404,9 +419,6 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
                 p.grad = grad
             for group, value in decay:
                 group["weight_decay"] = value
-        self.steps += 1
-        self.begin_step()
-        return loss
 
     def refresh(self):
         """Prepare what is applied, every tinv steps, or where there is nothing to apply."""

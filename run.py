@@ -44,7 +44,7 @@ from ranks import Stop, UsageError
 # adafisher its paper.
 SGD = dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=5e-4)
 CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
-ADAFISHER = dict(lr=1e-3, beta=0.9, gamma=0.8, tcov=100, as_released=False)
+ADAFISHER = dict(lr=1e-3, beta=0.9, gamma=0.8, tcov=100, averaging="released")
 RECIPES = {
     "sgd": SGD,
     "adam": dict(lr=1e-3, weight_decay=5e-4),
@@ -207,8 +207,9 @@ OPTIMIZER_FLAGS = {
                     help="bound on the change of the output by a step; a large one is none"),
     "beta": dict(type=FRACTION, metavar="X", help="decay of the first moment"),
     "gamma": dict(type=FRACTION, metavar="X", help="weight of the past in the factors"),
-    "as_released": dict(
-        SWITCH, help="average and normalise as the released code does, not as the paper"),
+    "averaging": dict(
+        WORD, choices=("released", "printed"),
+        help="of the factors: as the released code does, or by the paper's equations"),
 }
 
 
@@ -562,7 +563,7 @@ class Run:
         Between two of them the ranks agree whether to go on: a signal to any of them, or an image
         that one cannot read, ends all after the same step; the first one's clock tells when to
         save. Every 50 steps the loss is read, which makes a host wait for its GPU; or every so
-        many, and then told where the output is no terminal.
+        many, and then a line is printed where there is no bar.
         """
         progress, batches, text = self.progress, iter(batches), self.text(number)
         self.first = self.done(total) if self.first is None else self.first
@@ -588,12 +589,12 @@ class Run:
             if progress.step % (every or 50) == 0 or progress.step == total:
                 loss, _, count = progress.means()
                 progress.seconds = before + time.perf_counter() - start
-                said = (f"loss {loss:.4f}, {count / progress.seconds:.0f} samples/s, "
-                        f"{progress.waited / progress.seconds:.0%} of it waiting for them, "
-                        f"{self.left(total)} left")
+                said = f"loss {loss:.4f}, {self.left(total)} left"
                 bar.set_postfix_str(said)
                 if every and bar.disable and progress.step < total:
-                    print(f"{text}  step {progress.step}/{total}  {said}", flush=True)
+                    print(f"{text}  step {progress.step}/{total}  {said}, "
+                          f"{count / progress.seconds:.0f} images/s, "
+                          f"{progress.waited / progress.seconds:.0%} waiting", flush=True)
             progress.seconds = before + time.perf_counter() - start
         bar.close()
         if not all(p.isfinite().all() for p in self.parts["model"].parameters()):

@@ -270,7 +270,7 @@ def test_multiplier():
     """Its ends against the eigenvalues of the map from gradients to steps, column by column."""
     for optim, options in (("mac", {}), ("foof", {}), ("nysact", dict(rank=2)), ("kfac", {}),
                            ("kfac", dict(inverse="eigen")), ("adafisher", dict(beta=0.0)),
-                           ("adafisher", dict(beta=0.0, as_released=True))):
+                           ("adafisher", dict(beta=0.0, averaging="released"))):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
         options = dict(lr=1.0, momentum=0.0, weight_decay=0.0, kl_clip=1e30) | options

@@ -14,7 +14,7 @@ formula with matrices formed from explicit rows, `test_plain` whole runs against
                  (2)                              test_foof_ridge, test_foof_identities
                  (4), (6), all together           test_plain
                  (5)                              test_damped_cholesky, test_packed
-    kfac.py      all of it: plain                 test_kfac_plain, test_transcription
+    kfac.py      all of it: plain                 test_kfac_plain
                  (1), (3), (4)                    test_step, test_geometries, test_kfac_golden
                  (2), (8)                         test_kfac_linear_network, test_kfac_attention
                  (3)                              test_kfac_pi
@@ -22,7 +22,7 @@ formula with matrices formed from explicit rows, `test_plain` whole runs against
                  (7)                              test_kfac_scaling, test_step
                  how many terms                   test_kfac_terms, ..._contradict, ..._said
                  the sampled Fisher               test_kfac_sampled, test_kfac_fisher
-    nysact.py    all of it: plain                 test_nysact_plain, test_transcription
+    nysact.py    all of it: plain                 test_nysact_plain
                  (1), (2)                         test_step, test_geometries, test_multihead_...
                  (3)                              test_nysact_stationary_input
                  (4), (5)                         test_nysact_nystrom, test_nysact_rank
@@ -67,7 +67,7 @@ from kfac import KFAC
 from mac import MAC
 from nysact import NysAct
 from patches import Geometry
-from testing import (at_most, close, factory, known, loss_of, make_data, make_net, modules_with,
+from testing import (at_most, close, factory, loss_of, make_data, make_net, modules_with,
                      on_ranks, parameters, raises, randn, set_everywhere, snapshot, trained, usual)
 
 EXACT = dict(lr=1.0, momentum=0.0, beta=0.0, tcov=1, tinv=1, damping=0.3, kl_clip=None,
@@ -311,7 +311,7 @@ STEPS = {     # what is called on which input(s)
 
 
 AMBIGUOUS = ("Linear, one row", "two calls", "tied", "tied, two biases", "tied, one bias",
-             "Conv2d, one image", "Conv2d, two geometries")       # as to how many terms the loss has
+             "Conv2d, one image", "Conv2d, two geometries")      # as to how many terms the loss has
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -482,96 +482,12 @@ def test_plain(module, Optimizer, options):
         close(whole(layer.weight, layer.bias), torch.cat(want), 1e-12)
 
 
-# ---- whole runs of the family of SGD against numpy ----
-
-def matrices(method, A, P, S, ρ):
-    """What is applied to G, with matrices formed and inverted."""
-    def inv(M, ρ):
-        return np.linalg.inv(M + ρ * np.eye(len(M)))
-    if method == "mac":
-        right = ρ * inv(A if A.ndim == 2 else np.outer(A, A), ρ)
-    elif method == "nysact" and S.shape[1] < len(A):
-        right = inv(A @ S @ np.linalg.inv(S.T @ A @ S) @ S.T @ A, ρ)
-    else:
-        right = inv(A, ρ)
-    if not method.startswith("kfac"):
-        return lambda G: G @ right
-    if method == "kfac, eigen":
-        whole = inv(np.kron(P, A), ρ)
-        return lambda G: (whole @ G.ravel()).reshape(G.shape)
-    π = np.sqrt(np.trace(A) / len(A) / (np.trace(P) / len(P)))
-    left, right = inv(P, ρ ** 0.5 / π), inv(A, π * ρ ** 0.5)
-    return lambda G: left @ G @ right
-
-
-def in_numpy(method, net, data, sketches, lr, momentum, weight_decay, damping, stat_decay, tcov,
-             tinv, nesterov=False, decoupled_weight_decay=False, kl_clip=1e-3):
-    """The papers' method as plainly as can be: patches unfolded, matrices formed and inverted."""
-    layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    uses, _ = watch(net)
-    averages, apply, M, k = {}, {}, {p: 0 for p in net.parameters()}, 0
-    for t, (x, y) in enumerate(data):
-        uses.clear()
-        net.zero_grad()
-        loss_of(net, x, y).backward()
-        k += t % tcov == 0
-        news, total = {}, 0.0
-        for i, m in enumerate(layers):
-            a, g = (rows[0].flatten(0, 1) for rows in uses[m.weight][0])
-            a = (a if m.bias is None else F.pad(a, (0, 1), value=1.0)).numpy()
-            g = g.numpy()
-            if t % tcov == 0:
-                batch = a.mean(0) if method == "mac" and i > 0 else a.T @ a / len(a)
-                averages[m] = [stat_decay * old + (1 - stat_decay) * new for old, new in
-                               zip(averages.get(m, (0, 0)), (batch, len(x) * g.T @ g))]
-            if t % tinv == 0:
-                A, P = (average / (1 - stat_decay ** k) for average in averages[m])
-                apply[m] = matrices(method, A, P, sketches[i], damping)
-            G = m.weight.grad.flatten(1).numpy()
-            if m.bias is not None:
-                G = np.hstack([G, m.bias.grad[:, None].numpy()])
-            news[m] = apply[m](G)
-            total += lr ** 2 * (news[m] * G).sum()
-        ν = min(1.0, (kl_clip / total) ** 0.5) if method.startswith("kfac") else 1.0
-        for m, new in news.items():
-            m.weight.grad = torch.tensor(ν * new[:, :m.weight[0].numel()]).view_as(m.weight)
-            if m.bias is not None:
-                m.bias.grad = torch.tensor(ν * new[:, -1])
-        for p in net.parameters():
-            decoupled = decoupled_weight_decay
-            g = p.grad + (0 if decoupled else weight_decay * p.data)
-            M[p] = momentum * M[p] + g
-            p.data = p.data * (1 - lr * weight_decay if decoupled else 1) \
-                - lr * (g + momentum * M[p] if nesterov else M[p])
-
-
 def conv_bn_linear(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
         nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
         nn.Flatten(), nn.Linear(72, 7), nn.ReLU(), nn.Linear(7, 5, bias=False)).double()
-
-
-@pytest.mark.parametrize("options", (
-    dict(tcov=2, tinv=3), dict(tcov=1, tinv=1, stat_decay=0.0), dict(tcov=5, tinv=50),
-    dict(tcov=3, tinv=2), dict(tcov=4, tinv=2, momentum=0.0),
-    dict(tcov=2, tinv=3, nesterov=True, damping=0.1, stat_decay=0.5),
-    dict(tcov=2, tinv=4, decoupled_weight_decay=True, damping=3.0)), ids=str)
-@pytest.mark.parametrize("method", ("nysact", "kfac", "kfac, eigen"))
-def test_transcription(method, options):
-    """Twelve steps of convolutions, batch norm and linear."""
-    options = dict(lr=0.05, momentum=0.9, weight_decay=1e-2, damping=1.0, stat_decay=0.95) | options
-    Optimizer = dict(mac=MAC, foof=FOOF, nysact=NysAct, kfac=KFAC)[method[:6].rstrip(",e ")]
-    own = dict(inverse="eigen") if "eigen" in method else dict(rank=3)
-    net, plain, data = conv_bn_linear(), conv_bn_linear(), make_data(12)
-    optimizer = Optimizer(net, **options, **known(Optimizer, own))
-    usual(net, optimizer, data)
-    layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    sketches = [sketch_of(optimizer, m.weight)[0].numpy() if method == "nysact" else None
-                for m in layers]
-    in_numpy(method, plain, data, sketches, **options)
-    close(dict(net.state_dict()), dict(plain.state_dict()), 1e-9)
 
 
 # ---- precision ----
@@ -1857,14 +1773,16 @@ def test_kfac_golden(inverse, kl_clip, ν, want):
 
 
 @pytest.mark.parametrize("inverse", ("factored", "eigen"))
-@pytest.mark.parametrize("kl_clip", (1e-5, 1.0))
-def test_kfac_plain(inverse, kl_clip):
+@pytest.mark.parametrize("options", (
+    dict(tcov=2, tinv=3), dict(tcov=1, tinv=1, stat_decay=0.0), dict(tcov=5, tinv=50),
+    dict(tcov=3, tinv=2, kl_clip=1.0), dict(tcov=4, tinv=2, damping=3.0)), ids=str)
+def test_kfac_plain(inverse, options):
     """Twelve steps of the class against `plain`: two convolutions and a linear layer, N = 4."""
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 2, stride=2,
                         bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(24, 5)).double()
     layers, data = [net[0], net[2], net[5]], [(x[:4, :2, :, :4], y[:4]) for x, y in make_data(12)]
-    options = dict(lr=0.2, momentum=0.9, weight_decay=0.01, damping=0.05, stat_decay=0.9, tcov=2,
-                   tinv=3, inverse=inverse, kl_clip=kl_clip)
+    options = dict(lr=0.2, momentum=0.9, weight_decay=0.01, damping=0.05, stat_decay=0.9,
+                   kl_clip=1e-5, inverse=inverse) | options
 
     def step(x, y):
         def at(weights):
@@ -2259,7 +2177,7 @@ class Constant(nn.Module):
 
 
 def test_kfac_terms_said():
-    """A number for each step, of the targets that are not ignored; without tensors; refused ones."""
+    """A number for each step, of targets that are not ignored; no tensors; what is refused."""
     raises(RuntimeError, ["no tensor"], lambda: counted(
         Constant(), lambda net: net(4).sum().backward(), "samples"))
     for value in ("rows", -1, math.inf, math.nan):
@@ -2283,21 +2201,27 @@ def test_kfac_terms_said():
     raises(ValueError, ["loss_terms", "'all'"], optimizer.step)
 
 
+class KFACOfProjections(KFAC):
+    kinds = KFAC.kinds | dict(projection="Kronecker factors")
+
+
 @pytest.mark.parametrize("sharing", ("expand", "reduce"))
 @pytest.mark.parametrize("own", (False, True))
 @pytest.mark.parametrize("options", (dict(), dict(batch_first=True), dict(bias=False),
                                      dict(kdim=4, vdim=5)), ids=str)
 def test_kfac_attention(options, own, sharing):
-    """nn.MultiheadAttention: q, k, v by their own inputs and gradients, out_proj as a linear layer."""
+    """out_proj of nn.MultiheadAttention; q, k, v by their own inputs, where they are asked for."""
     module = nn.MultiheadAttention(6, 2, **options).double()
     if own and "kdim" in options:
         return
     sizes = ((3, 6), (5, options.get("kdim", 6)), (5, options.get("vdim", 6)))
-    given = [randn(4, n, d) for n, d in (sizes if not own else sizes[:1] * 3)]      # (B, S, d)
+    given = [randn(4, n, d) for n, d in sizes]                             # (B, S, d)
     if own:
         given = given[:1] * 3
     method = "kfac" if sharing == "expand" else "kfac, reduce"
-    optimizer, before = METHODS[method](module, loss_terms=4), parameters(module)
+    optimizer = factory(KFACOfProjections, **EXACT)(module, weight_sharing=sharing, loss_terms=4)
+    before = parameters(module)
+    assert METHODS[method](module).layers.keys() == {module.out_proj.weight}
     weights = [module.in_proj_weight[i:i + 6] for i in (0, 6, 12)] if "kdim" not in options else [
         module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
@@ -2331,7 +2255,7 @@ def test_kfac_attention(options, own, sharing):
 
 
 def test_kfac_positions_first():
-    """'reduce' knows the samples of modules that take positions first, inside a model that does not."""
+    """'reduce' knows the samples of modules that take positions first in a model that does not."""
     x, y, states = randn(4, 3, 6), torch.arange(4), []
     for order in ("samples", "positions"):
         torch.manual_seed(0)
@@ -2340,14 +2264,15 @@ def test_kfac_positions_first():
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
         states.append({k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k})
-    assert len(states[0]) == 10
+    assert len(states[0]) == 8
     close(*states, 1e-12)
 
 
 @pytest.mark.parametrize("fused", (False, True))
 def test_kfac_finds_the_scale(fused):
-    """A GradScaler that it was not told of: steps equal unscaled ones, skipped ones leave nothing."""
-    scaler, data = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16, growth_interval=3), make_data(9)
+    """With a GradScaler that it was not told of steps equal unscaled ones, skipped ones or not."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16, growth_interval=3)
+    data = make_data(9)
 
     def scaled(model, optimizer, data):
         for i, (x, y) in enumerate(data):
@@ -2376,7 +2301,8 @@ def test_kfac_finds_the_scale(fused):
 def fails_somewhere(rank, world):
     """What each rank raises: where one does not know its terms, and where one cannot factor."""
     said = []
-    for x, damping in ((randn(4, 6) if rank else randn(6), 0.1), (torch.ones(4, 6).double(), 1e-40)):
+    batched = randn(4, 6)
+    for x, damping in ((batched if rank else batched[0], 0.1), (torch.ones_like(batched), 1e-40)):
         net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5)).double()
         optimizer = KFAC(net, damping=damping)
         net(x).square().mean().backward()
@@ -2986,12 +2912,13 @@ def test_adafisher_as_released_is_momentum_sgd():
 
 @pytest.mark.parametrize("Optimizer", (AdaFisher, AdaFisherW))
 @pytest.mark.parametrize("build, size, plain, said", (
-    (make_net, 6, ("extra",), ("block.norm1: 8×2, per channel", "head: 5×9, outer product",
-                               "encoder.self_attn.in_proj_weight: 24×9, outer product")),
+    (make_net, 6, ("encoder.self_attn.in_proj", "extra"), (
+        "block.norm1: 8×2, per channel", "head: 5×9, outer product",
+        "encoder.self_attn.out_proj: 8×9, outer product")),
     (lambda: models.VisionTransformer(6, 2, 24, 1, 3, 5, 3).double(), 6,
      ("cls_token", "pos_embed"), ("plain step: cls_token",))))
 def test_adafisher_without_a_layer(Optimizer, build, size, plain, said):
-    """F̃ = 1 where no layer is: class tokens, positions; all else by more."""
+    """F̃ = 1 where no layer is: class tokens, positions, q, k and v of nn.MultiheadAttention."""
     net = build()
     optimizer, before = Optimizer(net, lr=1e-3, averaging="printed"), parameters(net)
     usual(net, optimizer, make_data(1))
@@ -3038,40 +2965,6 @@ def test_adafisher_late_layer():
         if i > 0:
             step = (before["late.weight"] - net.late.weight) / (0.01 * net.late.weight.grad)
             assert ((step - 1).abs().max() < 1e-10) == (i < 3), i
-
-
-@pytest.mark.parametrize("kdim", (6, 4))
-def test_adafisher_multihead_attention(kdim):
-    """nn.MultiheadAttention: q, k, v are three blocks of one weight, or three weights.
-
-    Of three weights, the shared bias takes F̃ = 1.
-    """
-    module = nn.MultiheadAttention(6, 2, kdim=kdim).double()
-    nn.init.normal_(module.in_proj_bias)
-    inputs = [randn(3, 4, d) for d in (6, kdim, 6)]                          # tokens, batch
-    optimizer, before = METHODS["adafisher"](module), parameters(module)
-    weights = module.in_proj_weight.chunk(3) if kdim == 6 else (
-        module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    outputs = [F.linear(x, W, b) for x, W, b in zip(inputs, weights, module.in_proj_bias.chunk(3))]
-    heads = [y.view(3, 8, 3).transpose(0, 1) for y in outputs]
-    mixed = F.scaled_dot_product_attention(*heads).transpose(0, 1).reshape(3, 4, 6)
-    s = torch.autograd.grad(module.out_proj(mixed).square().sum(), outputs)
-    H = [(F.pad(x, (0, 1), value=1.0) if kdim == 6 else x).square().mean((0, 1)) for x in inputs]
-    S = [y.square().mean((0, 1)) for y in s]
-    module(*inputs)[0].square().sum().backward()
-    optimizer.step()
-    if kdim == 6:
-        H, S = (min_max(torch.stack(v)) for v in (H, S))
-        H, b = H[:, :-1], min_max(torch.cat(list(S))) * H[:, -1:].repeat_interleave(6, 0)[:, 0]
-        want = {"in_proj_weight": torch.cat([torch.outer(*v) for v in zip(S, H)]),
-                "in_proj_bias": b}
-    else:
-        want = {f"{c}_proj_weight": torch.outer(min_max(v), min_max(h))
-                for c, v, h in zip("qkv", S, H)}
-        want["in_proj_bias"] = torch.tensor(0.7)
-    for name, fisher in want.items():
-        p = module.get_parameter(name)
-        close(before[name] - p, p.grad / (0.3 + fisher), 1e-10)
 
 
 class Permuted(nn.LayerNorm):

@@ -409,6 +409,7 @@ def test_collected_in_a_pass(make):
     del old
     usual(net, optimizer, make_data(8))
     close(snapshot(net, optimizer), reference(make), 0)
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 # ---- torch's interface ----

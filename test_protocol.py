@@ -20,9 +20,7 @@ class Eva(PreconditionedSGD):
 
     def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, damping=0.03, stat_decay=0.95,
                  tcov=5, tinv=50):
-        super().__init__(model, params, dict(lr=lr, momentum=momentum), dict(
-            decoupled_weight_decay=False, damping=damping, stat_decay=stat_decay, tcov=tcov,
-            tinv=tinv))
+        super().__init__(locals())
 
     def set_up(self, layer):
         shapes = (layer.blocks, layer.d), (layer.blocks, layer.out // layer.blocks)
@@ -42,7 +40,7 @@ class Eva(PreconditionedSGD):
         return {"a": inputs.clone(), "g": gradients.clone()}, None
 
     def apply(self, G, damping, a, g):
-        a, g = a.unsqueeze(-1), g.unsqueeze(-1)                    # (blocks, d, 1), (blocks, out, 1)
+        a, g = a.unsqueeze(-1), g.unsqueeze(-1)           # (blocks, d, 1), (blocks, out/blocks, 1)
         norm = a.square().sum((1, 2)) * g.square().sum((1, 2))
         along = (g.mT @ G @ a).flatten() / (damping + norm)
         return (G - along[:, None, None] * g @ a.mT) / damping

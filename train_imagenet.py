@@ -89,7 +89,7 @@ CURVATURE = dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=2e-5,
 VIT_CURVATURE = dict(CURVATURE, weight_decay=1e-4, tinv=5)
 ADAMW = dict(lr=1e-3, weight_decay=0.05)
 ADAFISHER = dict(lr=1e-3, beta=0.9, weight_decay=5e-4, damping=1e-3, gamma=0.8, tcov=100,
-                 as_released=False)
+                 averaging="released")
 ADAFISHERW = dict(ADAFISHER, weight_decay=0.01, damping=3e-3)
 KFAC = dict(fisher="empirical", inverse="factored", weight_sharing="expand", kl_clip=1e-3)
 RECIPES = {

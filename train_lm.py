@@ -58,7 +58,7 @@ from run import (COUNT, COUNT_OR_ZERO, FRACTION, NAME, NOT_NEGATIVE, POSITIVE, S
 SGD = dict(lr=0.3, momentum=0.9, nesterov=False, weight_decay=1e-4, embedding_lr=1.0)
 CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
 # Embeddings take F̃ = 1, a thousandth of the step of a layer's flat directions: hence embedding_lr.
-ADAFISHER = dict(lr=1e-4, beta=0.9, gamma=0.8, tcov=100, as_released=False, damping=1e-3,
+ADAFISHER = dict(lr=1e-4, beta=0.9, gamma=0.8, tcov=100, averaging="released", damping=1e-3,
                  weight_decay=0.1, embedding_lr=1000.0)
 RECIPES = {
     "sgd": SGD,
