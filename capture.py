@@ -38,7 +38,7 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 @dataclass
 class Use:
     """One use of a layer's weight in a forward pass."""
-    kind: str                       # "linear", "conv" or "norm"
+    kind: str                       # "linear", "conv", "norm"; "values", without x and out
     x: torch.Tensor                 # what met the weight: (..., d), (B, C, H, W), a norm's input
     out: torch.Tensor               # what came of it; x and out are dropped once measured
     shape: torch.Size               # of the output, and so of its gradient; 4-D of a convolution
@@ -256,11 +256,11 @@ class Watcher(TorchFunctionMode):
         self.contradict(layer, "it is used in another shape")
 
     def contradict(self, layer, why):
-        """From now on the layer takes the plain step, in a resumed run too."""
+        """From now on the layer takes the plain step; a resumed run finds out anew."""
         layer.found = {"plain": why}
         layer.drop()
         state = self.optimizer().state.get(layer.weight, {})
-        for name in ("updates", *layer.measured, *layer.prepared):
+        for name in ("updates", "fixed", *layer.measured, *layer.prepared):
             state.pop(name, None)
 
     def use_of(self, found, kind, x, out, bias, **details):

@@ -83,7 +83,7 @@ ERRATA, against the authors' released code (figures: κ as above, τ = 0.01, ρ 
  - draws a new S at each update of an average, which then mixes products with many matrices while
    (5) uses the last: Gaussian ones cancel, and Y shrinks;
  - shifts SᵀY only, and subtracts that from σ²: at d = 576, r = 10 it takes κ = 10 for 0 and κ = 100
-   for about a third of it, where (5) misses 6 % and 0.5 %;
+   for about a third of it, where (5) misses 5 % and 0.6 %;
  - takes the full SVD, d×d, and stores the inverse as a d×d matrix per layer;
  - keeps each rank's statistics, and random S, to itself; here S is one, and sums are all-reduced;
  - counts steps in step() but averages in the hook, so micro-batches and skipped steps bias Y;

@@ -4,17 +4,19 @@ A method answers five questions, and is a class of one screen then:
 
     kinds                    {kind of use: how it is preconditioned, in words}: which layers
     set_up(layer)            layer.measured, layer.prepared = {name in state: shape (blocks, ...)}
-    measure(layer, use)      {name: Σ over the rows of one use (blocks or 1, ...)}, number of rows
+    measure(layer, use)      {name: Σ over the rows of one use (blocks or 1, ...)}, number of rows;
+                             and where needs_gradients, measure_gradient(layer, use, grad): {name: Σ}
     prepare(damping, **measured)     {name: what is made of the averages}, which blocks failed
     apply(G, damping, **prepared)    G̃ for G (blocks, out/blocks, d) = [weight | bias]
 
 What a step does, in order: every tcov steps it takes the sums that capture.py has pending, pools
 them over micro-batches by count and over ranks by an all-reduce, and joins them to the averages;
-every tinv steps it prepares what is applied; then it puts G̃ = apply(G) in the place of each layer's
-gradient, takes torch's SGD step, and puts the raw gradients back. Layers of one shape go through
-prepare and apply together, as the blocks of one layer, so a small network costs a GPU few launches.
+every tinv steps (and for a layer that has none yet) it prepares what is applied; then it puts G̃ =
+apply(G) in the place of each layer's gradient, takes torch's SGD step, and puts the raw gradients
+back. Layers of one shape go through prepare and apply together, as the blocks of one layer, so a
+small network costs a GPU few launches.
 
-    average      m̂ ← m̂ + w (x − m̂),  w = (1 − β)/(1 − βᵏ)         bias-corrected, k updates so far
+    average      m̂ ← m̂ + w (x − m̂),  w = (1 − β)/(1 − βᵏ)         bias-corrected; the k-th update
     SGD          M ← μM + (G̃ + wd·W),  W ← W − ηM
 
 State stands in optimizer.state[weight] under plain names, with "updates" (k) and "step".
@@ -116,7 +118,7 @@ class Preconditioner(torch.optim.Optimizer):
         on its rows are a, not [a; 1], and its bias, if it has a gradient, takes the plain step."""
         layer.bias, layer.found["bias"] = None, "apart"
         layer.drop()
-        for name in ("updates", *layer.measured, *layer.prepared):
+        for name in ("updates", "fixed", *layer.measured, *layer.prepared):
             self.state.get(layer.weight, {}).pop(name, None)
         self.set_up(layer)
 
@@ -192,6 +194,9 @@ class Preconditioner(torch.optim.Optimizer):
                 continue
             state = self.state[layer.weight]
             state["updates"] = state.get("updates", 0) + 1
+            if state["updates"] == 1:          # zeros that is_trial() made for a checkpoint to fill
+                for name in layer.prepared:
+                    state.pop(name, None)
             for name, mean in found[layer].items():
                 if name in state and state["updates"] > 1:
                     if state[name].dtype != mean.dtype:         # the model's was changed
@@ -311,11 +316,18 @@ class Preconditioner(torch.optim.Optimizer):
 
     def restore(self, layer, saved):
         """A layer's statistics as they were saved, checked against what it measures."""
-        if layer.bias is not None and any(
-                saved[name].shape != torch.Size(shape)
-                for name, shape in (layer.measured | layer.prepared).items() if name in saved):
-            self.part_with_bias(layer)               # as it had; if not, it is refused below
-            self.state[layer.weight]["updates"] = saved["updates"]
+        def fits():
+            return all(saved[name].shape == torch.Size(shape) for name, shape in
+                       (layer.measured | layer.prepared).items() if name in saved)
+        bias = layer.bias
+        if bias is not None and not fits():          # had it parted with its bias?
+            layer.bias = None
+            self.set_up(layer)
+            if fits():
+                layer.found["bias"] = "apart"
+            else:
+                layer.bias = bias
+                self.set_up(layer)
         for name, shape in (layer.measured | layer.prepared).items():
             if name not in saved:
                 if name in layer.measured and saved.get("updates"):
@@ -336,7 +348,7 @@ class Preconditioner(torch.optim.Optimizer):
             self.fill(group)
         if "model" not in self.__dict__:     # copied or unpickled
             self.model, self.steps, self.captured, self.hooked = None, 0, False, {}
-            self.watcher = Watcher(self)
+            self.watcher, self.ready = Watcher(self), False
 
     def __repr__(self):
         lines, size, numbers, plain = [], 0, 0, []
@@ -436,8 +448,8 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
                     name=bad.name, damping=damping))
             for name, whole in prepared.items():
                 # row-major like what is loaded, so that a resumed run rounds alike
-                parts = whole.contiguous().split(len(whole) // len(layers))
-                for layer, part in zip(layers, parts):
+                each = whole.contiguous().split(len(whole) // len(layers))
+                for layer, part in zip(layers, each):
                     self.state[layer.weight][name] = part
 
     def prepare_all(self, parts):
