@@ -9,7 +9,8 @@ T comes from the arguments of F.scaled_dot_product_attention, or is the softmax 
 with v (before dropout, if there is any).
 
 Not followed, so that v takes the plain mean: scores that are mixed after their softmax (talking
-heads), attention over channels, keys that the module adds itself, einsum.
+heads), attention over channels, keys that the module adds itself, values or scores that are changed
+in place, einsum, flex_attention, and a function (no module) under reentrant checkpointing.
 """
 import weakref
 from dataclasses import dataclass
