@@ -68,7 +68,7 @@ constant up to rounding (a dead layer, one channel) carries no information: v′
 BatchNorm's h has E[h²] = σ²/(σ² + ε), 1 but for ε; (4) stretches this to [0, 1], so a BatchNorm's
 H′ ranks its channels by input variance and by nothing else.
 
-WITHOUT A LAYER: embeddings, class tokens, the q, k, v of nn.MultiheadAttention, layers of other
+WITHOUT A LAYER: embeddings, class tokens, nn.MultiheadAttention (as published), layers of other
 kinds (1-D, 3-D and transposed convolutions, RMSNorm), every raw parameter, and a layer until it has
 run in a statistics step; print(optimizer) lists them. F̃ = 1 is the paper's identity for unsupported
 layers and its initial F: momentum of step α, small beside the α/λ of flat directions. For F̃ = λ

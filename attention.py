@@ -10,8 +10,9 @@ with v (before dropout, if there is any).
 
 Not followed, so that v takes the plain mean: scores that are changed after their softmax other than
 by dropout or a cast (talking heads), attention over channels or without a batch, keys that the
-module adds itself, einsum, arguments of products by keyword. A v that is used besides (a residual)
-is described by T X alone.
+module adds itself, values or scores that are changed in place, einsum, flex_attention, arguments of
+products by keyword, and a function (no module) under reentrant checkpointing. A v that is used
+besides (a residual) is described by T X alone.
 """
 import weakref
 from dataclasses import dataclass

@@ -154,7 +154,8 @@ def layers_of(name, module):
     elif isinstance(module, nn.Conv2d):
         yield Layer(name, weight, bias, "conv", module.groups)
     elif isinstance(module, nn.Linear):
-        yield Layer(name, weight, bias, "linear")
+        yield Layer(name, weight, bias, "projection" if isinstance(
+            module, nn.modules.linear.NonDynamicallyQuantizableLinear) else "linear")
     elif type(module).__name__ == "Conv1D" and weight.dim() == 2 and bias is not None \
             and bias.shape == weight.shape[1:]:             # GPT-2's linear layer in transformers
         yield Layer(name, weight, bias, "linear", transposed=True)

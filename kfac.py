@@ -88,8 +88,8 @@ any: covariance.py, shift_gram; patches.py, patch_sum. Else patches are copied, 
 
 THROWN AWAY: what couples layers; all correlation of inputs with output gradients; with 'expand',
 that of positions with each other. Norm layers, embeddings and weights tied to one, recurrent
-layers, transposed, 1-D and 3-D convolutions, computed weights, and q, k, v of nn.MultiheadAttention
-take the plain step; these three would be blocks of one weight if `kinds` held "projection".
+layers, transposed, 1-D and 3-D convolutions, computed weights, and nn.MultiheadAttention take the
+plain step (its q, k, v would be blocks of one weight if `kinds` held "projection").
 
 DEPARTURES. Not taken from Martens and Grosse: the block-tridiagonal inverse (§4.3); the rescaled
 step (§6.4) and the adaptation of λ (§6.5), in whose place the KL clip stands; a separate damping of
