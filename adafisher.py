@@ -25,8 +25,8 @@ and with averaging='released', the default, from H = S = 1, in the place of (3) 
     H        state "H"            (blocks, d): one block per group of a convolution; d = in or
                                   C/groups·kh·kw, + 1 for a bias; (1, C) of a norm. 'released': A
                                   of (8) is stored
-    S        state "S"            (blocks, out/blocks); (1, C) of a norm; s is R·∂(mean loss)/∂output,
-                                  'released': ∂(mean loss)/∂output
+    S        state "S"            (blocks, out/blocks); (1, C) of a norm; of R·∂(mean loss)/∂output,
+                                  'released': of ∂(mean loss)/∂output
     H′, S′   factors              (n, blocks, 1, d), (n, blocks, out/blocks, 1) of n layers of one
                                   shape; (n, C) of norms
     m̂, t     "momentum_buffer", "moments"   in state: like θ;  the steps in which θ had a gradient
@@ -84,8 +84,8 @@ count as micro-batches: S has their squares without the cross term. Add them up 
 DEPARTURES from the paper. Algorithm 1 refreshes H and S in every step: tcov=1; the default is the
 100 of the released code. Left open by the paper and read so: γ weighs the past; the average starts
 from the first batch; F_b has no H′ (min-max of its constant ones would be 0/0); all groups of a
-convolution share one min-max; GroupNorm takes (2) like LayerNorm. s comes from the training labels: H and
-S are of the empirical Fisher.
+convolution share one min-max; GroupNorm takes (2) like LayerNorm. s comes from the training labels:
+H and S are of the empirical Fisher.
 
 ERRATA, against the released code, of which 'released' keeps (3r) alone. It
  - min-maxes before it averages (the paper: after), with an ε under which most S of a mean loss
@@ -319,8 +319,7 @@ class AdaFisher(Preconditioner):
                     self.keep(layers, left + gain * H, left + gain * S, left)            # (8)
 
     def keep(self, layers, H, S, of_shift):
-        """S′ and H′ for (5) from H (n, blocks·d) and S (n, out); of_shift: what a norm's b has of H.
-        """
+        """S′, H′ for (5) from H (n, blocks·d), S (n, out); of_shift: what a norm's b has for H′."""
         if layers[0].kind != "norm":
             H, S = H.view(len(H), layers[0].blocks, 1, -1), S.view(len(S), layers[0].blocks, -1, 1)
             H, of_shift = H[..., :layers[0].weight.numel() // layers[0].out], H[..., -1:]
