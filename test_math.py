@@ -3063,7 +3063,7 @@ def test_adafisher_checkpoints():
     saved = copy.deepcopy(optimizer.state_dict())
     for state in saved["state"].values():
         state.update({key: state[key].flatten() for key in ("S",) if key in state})
-    raises(ValueError, ["S of layer conv1 is (4,)", "another version"],
+    raises(ValueError, ["of layer conv1", "another version"],
            lambda: AdaFisher(fresh).load_state_dict(saved))
 
 
