@@ -194,9 +194,8 @@ class Preconditioner(torch.optim.Optimizer):
                 continue
             state = self.state[layer.weight]
             state["updates"] = state.get("updates", 0) + 1
-            if state["updates"] == 1:          # zeros that is_trial() made for a checkpoint to fill
-                for name in layer.prepared:
-                    state.pop(name, None)
+            for name in layer.prepared if state["updates"] == 1 else ():
+                state.pop(name, None)          # zeros of is_trial()
             for name, mean in found[layer].items():
                 if name in state and state["updates"] > 1:
                     if state[name].dtype != mean.dtype:         # the model's was changed
@@ -351,8 +350,7 @@ class Preconditioner(torch.optim.Optimizer):
             self.watcher, self.ready = Watcher(self), False
 
     def __repr__(self):
-        lines, size, numbers, plain = [], 0, 0, []
-        done = set()
+        lines, size, numbers, plain, done = [], 0, 0, [], set()
         for layer, _ in self.grouped():
             if self.captured and not self.state.get(layer.weight, {}).get("updates"):
                 continue                      # it had its chance: computed, or not run yet

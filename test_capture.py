@@ -342,7 +342,7 @@ class SelfAttention(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
-@pytest.mark.parametrize("method", ("mac", "foof", "nysact, exact", "kfac", "adafisher"))
+@pytest.mark.parametrize("method", ("mac", "foof", "nysact, exact"))
 @pytest.mark.parametrize("dropout", (0.0, 0.5))
 def test_multihead_attention_parts(method, dropout):
     """in_proj_weight by its three inputs, out_proj by the rows that it got, after dropout."""
@@ -354,20 +354,18 @@ def test_multihead_attention_parts(method, dropout):
     g = randn(*y.shape)
     (y * g).sum().backward()
     optimizer.step()
-    inputs = {"in_proj_weight"} if "projection" in optimizer.kinds else set()
-    assert listed(optimizer) == {"out_proj"} | inputs
+    assert listed(optimizer) == {"in_proj_weight", "out_proj"}
     out = net.out_proj
     G = matrix(out, out.weight.grad, out.bias.grad)
     rows, g = torch.linalg.pinv(g.view(6, 8).mT) @ G, g.view(6, 8)
     want = formula(method, G[None], [(rows[None, None], g[None, None])], dict(samples=2), 0.3)[0]
     moved = {name: before[name] - p for name, p in net.named_parameters()}
     close(matrix(out, moved["out_proj.weight"], moved["out_proj.bias"]), want, 1e-9)
-    if method in ("mac", "foof", "nysact, exact"):                  # MAC: of q and k
-        a = F.pad(F.layer_norm(x, (8,)).view(1, 1, 6, 8), (0, 1), value=1.0)
-        G, change = (matrix(net, w, b).view(3, 8, 9)[:2 if method == "mac" else 3] for w, b in (
-            (net.in_proj_weight.grad, net.in_proj_bias.grad),
-            (moved["in_proj_weight"], moved["in_proj_bias"])))
-        close(change, formula(method, G, [(a, a)], {}, 0.3), 1e-9)
+    a = F.pad(F.layer_norm(x, (8,)).view(1, 1, 6, 8), (0, 1), value=1.0)          # MAC: of q and k
+    G, change = (matrix(net, w, b).view(3, 8, 9)[:2 if method == "mac" else 3] for w, b in (
+        (net.in_proj_weight.grad, net.in_proj_bias.grad),
+        (moved["in_proj_weight"], moved["in_proj_bias"])))
+    close(change, formula(method, G, [(a, a)], {}, 0.3), 1e-9)
 
 
 # ---- what is no training pass ----
