@@ -58,8 +58,9 @@ The plain inverse is this multiplier divided by ρ, and the same at ρ = 1.
 WHY (5). Images normalised to zero mean have ā ≈ 0: their mean says nothing.
 So the first layer keeps its small exact covariance (d = 27 for a 3×3 convolution on RGB).
 That reason needs a layer which reads the model's input, and reads it alone: there is none where an
-embedding, a recurrent layer, projections to q, k, v or a frozen layer come first in modules().
-input_covariance='name' chooses another layer.
+embedding, a recurrent layer or projections to q, k, v come first in modules(). Of other layers it is
+the first trainable one, as published, also behind frozen ones: input_covariance=False or a name,
+input_covariance='name', is for those who want it otherwise.
 
 WHY (6). One head: V = X W_Vᵀ, T = softmax(QKᵀ/√d_h), O = T V. So O = (T X) W_Vᵀ.
 Then the gradient of W_V is (∂loss/∂O)ᵀ (T X): the rows that W_V multiplies are those of T X.
@@ -220,9 +221,8 @@ class MAC(PreconditionedSGD):
             if isinstance(module, FIRST_ELSEWHERE):
                 return None
             for layer in layers_of(name, module):
-                if layer.weight in layers:
-                    taken = PROJECTION.fullmatch(name.split(".")[-1])
-                    return layer.weight if layer.weight.requires_grad and not taken else None
+                if layer.weight in layers and layer.weight.requires_grad:
+                    return None if PROJECTION.fullmatch(name.split(".")[-1]) else layer.weight
         return None
 
     def candidates(self):
