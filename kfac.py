@@ -48,6 +48,12 @@ and P + √λ/π I = γ (P/γ + rI): relative to its mean eigenvalue each factor
 At r ≫ 1 the step is the gradient's. (3) and (4) differ at equal λ, for the cross terms are not
 small: FOOF's paper holds them to be why K-FAC works.
 
+WHERE IT HOLDS. After 50 steps with the published settings (ResNet-20, CIFAR-10 as JPEG, batch 64,
+λ = 0.03) r is 0.4 in the classifier and 0.8 to 15 in the convolutions; the cosine of a layer's step
+with that of plain momentum is 0.41 to 0.90, median 0.83; the loss is 1.94, and 2.08 where each
+layer's step is plain momentum's, as long: `python analyze.py effect --optim kfac --dataset cifar10
+--steps 50`.
+
 WHY (5). The KL divergence between the model before and after a step −ηG̃ is about ½η²⟨G̃, FG̃⟩: it
 is zero and least at the step zero, and F is its second derivative there.
 (4) is FG̃ = G − λG̃ for F = A ⊗ P, hence ⟨G̃, FG̃⟩ ≤ ⟨G̃, G⟩, and so it is with (3).
@@ -98,8 +104,8 @@ plus the L2 coefficient (§6.3); here wd joins after the solve. Their average we
 min(1 − 1/k, 0.95); (6) corrects for its start at zero.
 
 ERRATA, against released implementations (the baselines of later papers), in which
- - P_batch is the mean of ĝ ĝᵀ, 1/N² of (7), so λ depends on the batch size, and with λ = 0.03 K-FAC
-is a scaled SGD; others    divide A and P by the positions twice;
+ - P_batch is the mean of ĝ ĝᵀ, 1/N² of (7), so r depends on the batch size, and with λ = 0.03 K-FAC
+   is a scaled SGD; others divide A and P by the positions twice;
  - one `stat_decay` weighs the new batch in K-FAC and the old average elsewhere; damping is added in
    place to the running factor; averages begin at the identity; the KL clip uses the first lr only;
  - "K-FAC" with spatially averaged factors ('reduce' with P short of S²) carries no label;
@@ -276,7 +282,6 @@ class KFAC(PreconditionedSGD):
         check_terms(loss_terms)
         self.fisher, self.inverse, self.reduce = fisher, inverse, weight_sharing == "reduce"
         self.loss_terms, self.kl_clip, self.grad_scaler = loss_terms, kl_clip, grad_scaler
-        self.error = None
         super().__init__(locals())
         # a GradScaler then hands its scale over, and leaves it to step() to skip
         self._step_supports_amp_scaling = grad_scaler is None
@@ -333,11 +338,10 @@ class KFAC(PreconditionedSGD):
     def numbers_to_sum(self):
         """N of this rank, and whether it is not known: then all raise, and none waits."""
         try:
-            self.error = None
-            return [self.count_terms(), 0]
+            terms, self.error = self.count_terms(), None
         except (RuntimeError, ValueError) as error:
-            self.error = error
-            return [0, 1]
+            terms, self.error = 0, error
+        return [terms, self.error is not None]
 
     def summed_numbers(self, totals):
         terms, failed = totals
@@ -353,7 +357,7 @@ class KFAC(PreconditionedSGD):
 
     def count_terms(self):
         """N of this rank; RuntimeError if it is not known."""
-        layers = [layer for layer in self.layers.values() if layer.calls]
+        layers = [layer for layer, _ in self.grouped() if layer.calls]
         if self.fisher == "empirical":
             return count_terms(layers, self.loss_terms, self.sequence_first)
         for layer in layers:
@@ -432,7 +436,7 @@ class KFAC(PreconditionedSGD):
 
         A job is one side of such a list. Ranks divide the jobs among them.
         """
-        jobs = []                          # (covariances, packed; what damps each; λ)
+        jobs = []                          # (covariances, packed, and what damps each)
         for layers, damping in parts:
             A, P = self.gathered(layers, ("covariance", "output_covariance")).values()
             jobs += zip((A, P), dampings(A, P, damping))

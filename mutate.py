@@ -23,7 +23,8 @@ from pathlib import Path
 BOTH = "test_math.py test_optimizers.py"
 TESTS = {                    # pytest's arguments for a file; others: the test file of its name
     "mac.py": f"{BOTH} -k mac", "foof.py": f"{BOTH} -k foof", "nysact.py": f"{BOTH} -k nysact",
-    "kfac.py": f"{BOTH} -k kfac", "adafisher.py": f"{BOTH} -k adafisher",
+    "kfac.py": f"{BOTH} -k kfac", "calls.py": f"{BOTH} -k kfac",
+    "adafisher.py": f"{BOTH} -k adafisher",
     "optimizer.py": BOTH, "capture.py": BOTH, "patches.py": BOTH, "covariance.py": BOTH,
     "attention.py": f"{BOTH} -k mac", "augment.py": "test_data.py test_augment.py",
 }

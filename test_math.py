@@ -2265,7 +2265,7 @@ def test_kfac_positions_first():
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
         states.append({k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k})
-    assert len(states[0]) == 8
+    assert len(states[0]) == 6
     close(*states, 1e-12)
 
 
