@@ -350,7 +350,8 @@ def read_run(folder):
         config = dict(saved["config"], channels_last=False)
         if config["model"] not in CIFAR_MODELS or config["dataset"] not in datasets.STATISTICS:
             raise KeyError(config["model"])
-        config.setdefault("run", config.get("seed"))          # as here the seed is called
+        if "seed" in config:
+            config["run"] = config["seed"]                    # as it is called here
         for name in ("run", *RECIPES[config["optim"]]):       # what build() and a caption need
             config[name]
         return config, {name: saved[name] for name in ("epoch", "model")}

@@ -8,8 +8,11 @@ of v's entries in that memory tell which token and which row of the weight each 
 T comes from the arguments of F.scaled_dot_product_attention, or is the softmax that is multiplied
 with v (before dropout, if there is any).
 
-Not followed, so that v takes the plain mean: scores that are mixed after their softmax (talking
-heads), attention over channels, keys that the module adds itself, einsum.
+Not followed, so that v takes the plain mean: scores that are changed after their softmax other than
+by dropout or a cast (talking heads), attention over channels or without a batch, keys that the
+module adds itself, values or scores that are changed in place, einsum, flex_attention, arguments of
+products by keyword, and a function (no module) under reentrant checkpointing. A v that is used
+besides (a residual) is described by T X alone.
 """
 import weakref
 from dataclasses import dataclass
@@ -147,10 +150,10 @@ class Attention:
     def see(self, func, out, args, kwargs):
         if func is F.scaled_dot_product_attention:
             self.fused(out, *args, **kwargs)
-        elif func in SOFTMAX and out.dim() > 2 and (args + (kwargs.get("dim"),))[1] in (
-                -1, out.dim() - 1):
+        elif func in SOFTMAX and out.dim() > 2 and (
+                args[1] if len(args) > 1 else kwargs.get("dim")) in (-1, out.dim() - 1):
             with torch.no_grad():
-                t = out.sum(-2, dtype=at_least_float32(out)).nan_to_num(nan=0.0)
+                t = out.nan_to_num(nan=0.0).sum(-2, dtype=at_least_float32(out))
             self.scores[out] = t, out._version
         elif not args or not isinstance(args[0], torch.Tensor):
             return

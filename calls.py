@@ -1,4 +1,4 @@
-"""Calls of a model, and how many terms the mean has that a loss of theirs is: K-FAC's N.
+"""Calls of a model, and K-FAC's N: of how many terms the loss that is made of them is the mean.
 
 A call is one forward pass of the model, or of its parts in turn: a part whose input was made from
 an earlier part's output goes on with that call. What went in and what came out tell the number:
@@ -10,6 +10,7 @@ an earlier part's output goes on with that call. What went in and what came out 
 
 The terms of micro-batches add up, each call's once. Where calls contradict, nothing is guessed.
 """
+from contextlib import suppress
 from math import inf, prod
 
 import torch
@@ -67,10 +68,11 @@ def tensors(tree):
 
 
 def check_terms(loss_terms):
-    if loss_terms not in ("samples", "tokens") and (
-            isinstance(loss_terms, str) or not 0 <= float(loss_terms) < inf):
-        raise ValueError(f"KFAC: loss_terms must be 'samples', 'tokens' or a number, "
-                         f"got {loss_terms!r}")
+    with suppress(TypeError, ValueError):
+        if loss_terms in ("samples", "tokens") or (
+                not isinstance(loss_terms, str) and 0 <= float(loss_terms) < inf):
+            return
+    raise ValueError(f"KFAC: loss_terms must be 'samples', 'tokens' or a number, got {loss_terms!r}")
 
 
 def count_terms(layers, loss_terms, sequence_first):
@@ -137,4 +139,5 @@ def positions(shape, of_floats=True):
 def unknown(why):
     return RuntimeError(
         f"KFAC: how many terms the loss is a mean of is not known: {why}. Say it: "
-        "loss_terms=<number> in KFAC(...), or optimizer.loss_terms = <number> before each step()")
+        "loss_terms=<number> in KFAC(...), or optimizer.loss_terms = <number> before each step(); "
+        "then repeat this step's forward and backward passes")

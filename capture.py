@@ -38,7 +38,7 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 @dataclass
 class Use:
     """One use of a layer's weight in a forward pass."""
-    kind: str                       # "linear", "conv" or "norm"
+    kind: str                       # "linear", "conv", "norm"; "values", without x and out
     x: torch.Tensor                 # what met the weight: (..., d), (B, C, H, W), a norm's input
     out: torch.Tensor               # what came of it; x and out are dropped once measured
     shape: torch.Size               # of the output, and so of its gradient; 4-D of a convolution
@@ -154,7 +154,8 @@ def layers_of(name, module):
     elif isinstance(module, nn.Conv2d):
         yield Layer(name, weight, bias, "conv", module.groups)
     elif isinstance(module, nn.Linear):
-        yield Layer(name, weight, bias, "linear")
+        yield Layer(name, weight, bias, "projection" if isinstance(
+            module, nn.modules.linear.NonDynamicallyQuantizableLinear) else "linear")
     elif type(module).__name__ == "Conv1D" and weight.dim() == 2 and bias is not None \
             and bias.shape == weight.shape[1:]:             # GPT-2's linear layer in transformers
         yield Layer(name, weight, bias, "linear", transposed=True)
@@ -256,11 +257,11 @@ class Watcher(TorchFunctionMode):
         self.contradict(layer, "it is used in another shape")
 
     def contradict(self, layer, why):
-        """From now on the layer takes the plain step, in a resumed run too."""
+        """From now on the layer takes the plain step; a resumed run finds out anew."""
         layer.found = {"plain": why}
         layer.drop()
         state = self.optimizer().state.get(layer.weight, {})
-        for name in ("updates", *layer.measured, *layer.prepared):
+        for name in ("updates", "fixed", *layer.measured, *layer.prepared):
             state.pop(name, None)
 
     def use_of(self, found, kind, x, out, bias, **details):
@@ -305,12 +306,12 @@ class Watcher(TorchFunctionMode):
         # A linear's output on more than two dimensions is a view; an in-place activation replaces
         # the view's history, and a hook on it would never fire. Its base sees the gradient always.
         (out._base if out._is_view() else out).register_hook(
-            partial(self.arrived, layer, use, sums, rows))
+            partial(self.arrived, layer, layer.d, use, sums, rows))
 
     @torch.compiler.disable
-    def arrived(self, layer, use, sums, rows, grad):
+    def arrived(self, layer, d, use, sums, rows, grad):
         optimizer, backward = self.optimizer(), torch._C._current_graph_task_id()
-        if optimizer is None or optimizer.ignores_gradients:
+        if optimizer is None or optimizer.ignores_gradients or layer.d != d:   # without bias since
             return
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
         # and so are the sums that it left.

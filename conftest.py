@@ -1,5 +1,6 @@
 """pytest's settings: the device, one thread, a seed for each test, and what a failure shows."""
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # for the processes that tests start
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # DDP notes what is meant here
@@ -7,7 +8,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # DDP notes what is mean
 import pytest
 import torch
 
-pytest.register_assert_rewrite("testing")
+if "testing" not in sys.modules:                        # as it is in `python test_math.py`
+    pytest.register_assert_rewrite("testing")
 from testing import OPTIMIZERS
 
 

@@ -2,8 +2,8 @@
 
 A is symmetric, so its lower triangle is all that is computed, averaged, sent and stored. Of a
 convolution the rows a are its patches; where stride and dilation are 1, the kernel is odd and the
-padding keeps the image's size, no patch is formed (shift_gram); elsewhere patches are copied in
-bounded chunks.
+padding keeps the image's size, only those at the image's edges are formed (shift_gram); elsewhere
+patches are copied in bounded chunks.
 """
 import torch
 import torch.nn.functional as F

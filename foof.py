@@ -18,7 +18,8 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
                                       the q, k, v of nn.MultiheadAttention
     A        state "covariance"       (blocks, d(d+1)/2): its lower triangle by rows
     L        state "factor"           (blocks, d, d): the one in use
-    ρ, β     damping, stat_decay      numbers;  k: state "updates";  η, μ: lr, momentum
+    ρ, β     damping, stat_decay      numbers;  k: state "updates", this one included
+    η, μ     lr, momentum             numbers
     R        rows                     B (linear), B·N (tokens), B·oH·oW (patches)
 
 WHY (2). Let s = W a be a layer's outputs ("neurons") for its R input rows a.
@@ -30,16 +31,17 @@ Each output neuron (row of Δ) is then a ridge regression of its errors on the i
 
 WHY (3). The derivative of (2) by Δ is Δ E[a aᵀ] − E[e aᵀ] + ρΔ.
 E[e aᵀ] = Σ ∂loss/∂s aᵀ = G, so where the derivative is zero, Δ (A + ρI) = G.
-Nothing but inputs enters: no second derivative, no labels, no second backward pass.
+Beside G nothing but inputs enters: no second derivative, no sampled labels, no second backward.
 Yet it is K-FAC with P = I for its output factor; the paper's point is that K-FAC works because its
 usual damping drives P there.
 ρ → 0 moves the outputs of each row along its own gradient as far as the rows allow.
 ρ → ∞ gives SGD's step with lr/ρ.
-MAC's multiplier is ρ(ā āᵀ + ρI)⁻¹: at lr = ρ·lr_MAC the two differ in A − ā āᵀ alone.
+MAC's multiplier is ρ(ā āᵀ + ρI)⁻¹: at lr = ρ·lr_MAC and wd = wd_MAC/ρ the two differ in A − ā āᵀ
+alone.
 
-COST per layer: statistic R·d² every tcov steps, factor d³/3 every tinv steps, application 2·out·d²
-per step, state 1.5·d² numbers. No patch is formed for a convolution with stride and dilation 1, odd
-kernel and "same" padding: covariance.py, shift_gram.
+COST per layer: statistic R·d² to 2·R·d² every tcov steps, factor d³/3 every tinv steps, application
+2·out·d² per step, state 1.5·d² numbers. For a convolution with stride and dilation 1, odd kernel
+and "same" padding only the patches at the image's edges are formed: covariance.py, shift_gram.
 
 THROWN AWAY: the loss's curvature in the outputs, and all that couples layers. A convolution's
 positions count as rows of equal standing, and so do tokens.
@@ -63,8 +65,7 @@ ERRATA, against the paper and the released implementations:
 USAGE
     optimizer = FOOF(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
+    F.cross_entropy(model(x), y).backward()
     optimizer.step()
 """
 import torch
@@ -105,12 +106,7 @@ class FOOF(PreconditionedSGD):
     def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, nesterov=False,
                  weight_decay=0.0, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95,
                  tcov=5, tinv=50, maximize=False, foreach=None, fused=None):
-        super().__init__(
-            model, params,
-            dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                 maximize=maximize, foreach=foreach, fused=fused),
-            dict(decoupled_weight_decay=decoupled_weight_decay, damping=damping,
-                 stat_decay=stat_decay, tcov=tcov, tinv=tinv))
+        super().__init__(locals())
 
     def set_up(self, layer):
         d = layer.d
@@ -125,4 +121,4 @@ class FOOF(PreconditionedSGD):
         return {"factor": L}, failed
 
     def apply(self, G, damping, factor):
-        return solve_right(G, factor)                                                      # (3)
+        return solve_right(G, factor)                                                      # (5)

@@ -3,13 +3,13 @@
 Martens, Grosse. "Optimizing Neural Networks with Kronecker-factored Approximate Curvature". arXiv
 1503.05671, ICML 2015. Convolutions: Grosse, Martens, arXiv 1602.01407; weight sharing: Eschenhagen
 et al., arXiv 2311.00636; the KL clip: Ba, Grosse, Martens, ICLR 2017.  (Numbers are this file's;
-those of the first paper stand behind a P, as far as they are established.)
+those of Martens and Grosse stand behind MG, as far as they are established.)
 
 THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias as last column):
 
     (1)  A = E[a aᵀ],  P = E[g gᵀ]           inputs a; g: gradient of a loss term by s = W a
-    (2)  F = E[a aᵀ ⊗ g gᵀ] ≈ A ⊗ P          the layer's block of the Fisher matrix           (P1)
-    (3)  factored: G̃ = (P + √λ/π I)⁻¹ G (A + π√λ I)⁻¹,  π² = (tr A / d) / (tr P / out)   (P §6.3)
+    (2)  F = E[a aᵀ ⊗ g gᵀ] ≈ A ⊗ P          the layer's block of the Fisher matrix           (MG1)
+    (3)  factored: G̃ = (P + √λ/π I)⁻¹ G (A + π√λ I)⁻¹,  π² = (tr A / d) / (tr P / out)   (MG §6.3)
     (4)  eigen: G̃ = Q_P [(Q_Pᵀ G Q_A) / (v_P v_Aᵀ + λ)] Q_Aᵀ,  A = Q_A diag(v_A) Q_Aᵀ, P likewise
     (5)  G̃ ← ν G̃,  ν = min(1, √(κ / Σ_layers η²⟨G̃, G⟩))       the KL clip
     (6)  A ← A + w (A_batch − A),  w = (1 − β)/(1 − βᵏ)       bias-corrected average; P likewise
@@ -29,10 +29,12 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     λ, β, κ  damping, stat_decay, kl_clip  numbers;  k: state "updates";  η, μ: lr, momentum
     n, t     samples and what shares the weight within one: tokens, positions; B, S: how many
 
-WHY (2). One term of the loss has the weight gradient g aᵀ, and vec(g aᵀ) = a ⊗ g.
+WHY (2). One term of the loss has the weight gradient g aᵀ, and vec(g aᵀ) = a ⊗ g (vec stacks
+columns; flatten() in `plain` stacks rows, and there it is g ⊗ a).
 The Fisher matrix is the second moment of these: F = E[(a ⊗ g)(a ⊗ g)ᵀ] = E[a aᵀ ⊗ g gᵀ].
 If inputs were independent of output gradients, the mean of the product were the product of means.
-(They are in a linear network with squared loss. Else cumulants of (a, a, g, g) are lost: P2.)
+(With labels drawn from the model they are, in a linear network with squared loss. With training
+labels g has the residual in it, which depends on a. Else cumulants of (a, a, g, g) are lost: MG2.)
 A is d×d and P out×out, where F is (d·out)×(d·out), and (A ⊗ P)⁻¹ vec(G) = vec(P⁻¹ G A⁻¹).
 
 WHY (4). Q_A ⊗ Q_P diagonalises A ⊗ P, with the products of v_A and v_P for eigenvalues.
@@ -55,26 +57,30 @@ layer's step is plain momentum's, as long: `python analyze.py effect --optim kfa
 WHY (5). The KL divergence between the model before and after a step −ηG̃ is about ½η²⟨G̃, FG̃⟩: it
 is zero and least at the step zero, and F is its second derivative there.
 (4) is FG̃ = G − λG̃ for F = A ⊗ P, hence ⟨G̃, FG̃⟩ ≤ ⟨G̃, G⟩, and so it is with (3).
-A factor ν multiplies the divergence by ν². So (5) keeps it below κ/2; momentum is not counted.
+A factor ν multiplies the divergence by ν². So (5) keeps it below κ/2. Not counted are momentum,
+weight decay and the parameters of the plain step.
 
 WHICH FISHER. 'sampled' is the Fisher: labels drawn from the model's own prediction, so one more
 backward pass from the logits to the layers' outputs. 'empirical' takes the g of the training
 labels, which backward() brings anyway: another matrix, that vanishes as the labels are fitted.
 
-WHY (8). S tokens or positions use one weight. 'expand' takes them for independent examples (exact
-in a linear network where each has its own loss), 'reduce' for parts of one (exact where outputs are
-averaged before the loss).
+WHY (8). S tokens or positions t use one weight: sample n has the gradient Σ_t g aᵀ.
+'expand' drops the products of different t: Σ_t a aᵀ ⊗ g gᵀ, and by (2) that is (mean over t of a aᵀ)
+⊗ (sum over t of g gᵀ). This is exact in a linear network where each position has its own loss.
+'reduce' takes Σ_t g aᵀ for (Σ_t g) mᵀ, exact where the g of a sample are equal, as where outputs are
+averaged right after the layer.
 
 WHY (7). Under a mean loss ĝ = g/N. With micro-batches (each loss weighted by its share) ĝ = g/N
-too, N the terms of all. DDP averages gradients over R ranks, so a rank's ĝ is R g/N, and P_batch =
-(N/R²) Σ ĝ ĝᵀ. A GradScaler's scale is divided out, which torch hands over; after unscale_() it does
+too, N the terms of all. DDP averages gradients over D ranks, so a rank's ĝ is D g/N, and P_batch =
+(N/D²) Σ ĝ ĝᵀ. A GradScaler's scale is divided out, which torch hands over; after unscale_() it does
 not, so that step() asks for KFAC(grad_scaler=scaler).
 
 HOW MANY TERMS. P, and with it what λ means, is proportional to N; calls.py tells how it is counted.
-Not seen: targets that are ignored or masked (ignore_index, padding, weights), losses over some of
-the tokens, a sum in place of a mean. Then set optimizer.loss_terms before step() to the number of
-terms that were averaged on this rank since zero_grad(), for example int((y != -100).sum()); 1 for a
-sum. step() raises and asks for the number where calls contradict: there is no batch dimension, or
+Not seen: several forward passes before the first backward pass under reentrant activation
+checkpointing (the last is counted alone); targets that are ignored or masked (ignore_index,
+padding, weights), losses over some of the tokens, a sum in place of a mean. Then set
+optimizer.loss_terms before step() to the number of terms that were averaged on this rank since
+zero_grad(), for example int((y != -100).sum()); 1 for a sum. step() raises and asks for the number where calls contradict: there is no batch dimension, or
 it is not the first; several calls stand behind one backward pass, and may be added or averaged.
 Losses of one forward pass that are backpropagated one after the other (retain_graph=True) count as
 independent: P gains Σ ĝ₁ĝ₁ᵀ + Σ ĝ₂ĝ₂ᵀ, without the cross terms of (ĝ₁ + ĝ₂)(ĝ₁ + ĝ₂)ᵀ, which
@@ -88,17 +94,18 @@ any: covariance.py, shift_gram; patches.py, patch_sum. Else patches are copied, 
 
 THROWN AWAY: what couples layers; all correlation of inputs with output gradients; with 'expand',
 that of positions with each other. Norm layers, embeddings and weights tied to one, recurrent
-layers, transposed, 1-D and 3-D convolutions, computed weights, and q, k, v of nn.MultiheadAttention
-take the plain step; these three would be blocks of one weight if `kinds` held "projection".
+layers, transposed, 1-D and 3-D convolutions, computed weights, and nn.MultiheadAttention take the
+plain step (its q, k, v would be blocks of one weight if `kinds` held "projection").
 
-DEPARTURES from Martens and Grosse, of whom not here: the block-tridiagonal inverse (§4.3), the
-rescaled step (§6.4), the adaptation of λ (§6.5), a separate damping of the factors (§6.6: here √λ),
-momentum from the quadratic model (§7: here torch's). Their average weighs the past by
-min(1 − 1/k, 0.95) where (6) corrects for its start at zero. The KL clip takes their place.
+DEPARTURES. Not taken from Martens and Grosse: the block-tridiagonal inverse (§4.3); the rescaled
+step (§6.4) and the adaptation of λ (§6.5), in whose place the KL clip stands; a separate damping of
+the factors (§6.6: here √λ); momentum from the quadratic model (§7: here torch's). Their damping is λ
+plus the L2 coefficient (§6.3); here wd joins after the solve. Their average weighs the past by
+min(1 − 1/k, 0.95); (6) corrects for its start at zero.
 
 ERRATA, against released implementations (the baselines of later papers), in which
- - P_batch lacks N², so r is N times as large, and with λ = 0.03 K-FAC a scaled SGD; others divide A
-   and P by the positions twice;
+ - P_batch is the mean of ĝ ĝᵀ, 1/N² of (7), so r depends on the batch size, and with λ = 0.03 K-FAC
+   is a scaled SGD; others divide A and P by the positions twice;
  - one `stat_decay` weighs the new batch in K-FAC and the old average elsewhere; damping is added in
    place to the running factor; averages begin at the identity; the KL clip uses the first lr only;
  - "K-FAC" with spatially averaged factors ('reduce' with P short of S²) carries no label;
@@ -135,19 +142,19 @@ def plain(weights, steps, lr=0.1, momentum=0.9, weight_decay=0.0, damping=0.03, 
     """The method on weights W (out, d), formula by formula; returns them after the steps.
 
     steps: for each step a function of the weights that returns N and, for each W, X (R, d), the
-    rows that met it (a last column of ones for a bias), and E (R, out), the gradients by X Wᵀ.
+    rows that met it (a last column of ones for a bias), and Ĝ (R, out), the gradients by X Wᵀ.
     """
     λ, β, κ, μ, η = damping, stat_decay, kl_clip, momentum, lr
     A, P, M, solve, k = ([0] * len(weights) for _ in range(5))
     for t, step in enumerate(steps):
         N, rows = step(weights)
-        G = [E.T @ X for X, E in rows]
-        for i, (X, E) in enumerate(rows):
+        G = [Ĝ.T @ X for X, Ĝ in rows]
+        for i, (X, Ĝ) in enumerate(rows):
             if t % tcov == 0:
                 k[i] += 1
                 w = (1 - β) / (1 - β ** k[i])                              # (6)
                 A[i] = A[i] + w * (X.T @ X / len(X) - A[i])                # (1), (8)
-                P[i] = P[i] + w * (N * E.T @ E - P[i])                     # (7)
+                P[i] = P[i] + w * (N * Ĝ.T @ Ĝ - P[i])                     # (7)
             if t % tinv == 0:
                 eye_A, eye_P = torch.eye(len(A[i])).to(X), torch.eye(len(P[i])).to(X)
                 π = (A[i].trace() / len(A[i]) / (P[i].trace() / len(P[i]))).sqrt()
@@ -275,12 +282,7 @@ class KFAC(PreconditionedSGD):
         check_terms(loss_terms)
         self.fisher, self.inverse, self.reduce = fisher, inverse, weight_sharing == "reduce"
         self.loss_terms, self.kl_clip, self.grad_scaler = loss_terms, kl_clip, grad_scaler
-        super().__init__(
-            model, params,
-            dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                 maximize=maximize, foreach=foreach, fused=fused),
-            dict(decoupled_weight_decay=decoupled_weight_decay, damping=damping,
-                 stat_decay=stat_decay, tcov=tcov, tinv=tinv))
+        super().__init__(locals())
         # a GradScaler then hands its scale over, and leaves it to step() to skip
         self._step_supports_amp_scaling = grad_scaler is None
 

@@ -1,15 +1,15 @@
 """MAC: mean activation approximated curvature.
 
 Seung, Lee, Ko. "MAC: An Efficient Gradient Preconditioning using Mean Activation Approximated
-Curvature". arXiv 2506.08464, ICDM 2025.  (Numbers in parentheses are this file's own; of the
-paper's, only Proposition 4.1 is established.)
+Curvature". arXiv 2506.08464, ICDM 2025.  (Numbers in parentheses are this file's own; the
+paper's numbers of equations are not known.)
 
 THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias as last column):
 
     (1)  ā = E[a]                            mean of the layer's input over all rows
-    (2)  F ≈ (ā āᵀ + ρI) ⊗ I                 its Fisher block: K-FAC's A ⊗ P with A = ā āᵀ, P = I
+    (2)  F ≈ (ā āᵀ + ρI) ⊗ I                 K-FAC's block A ⊗ P with ā āᵀ for A, and P = I
     (3)  G̃ = ρ G (ā āᵀ + ρI)⁻¹ = G − (G ā) āᵀ / (ρ + ‖ā‖²)
-    (4)  ā ← ā + w (ā_batch − ā),  w = (1 − β)/(1 − βᵏ)       bias-corrected moving average
+    (4)  ā ← ā + w (ā_batch − ā),  w = (1 − β)/(1 − βᵏ)       bias-corrected average; A₁ likewise
     (5)  first layer: G̃ = ρ G (A₁ + ρI)⁻¹,  A₁ = E[a aᵀ]
     (6)  value projection of attention: ā = E[Xᵀ t̄] over batch and heads,  t̄ = Tᵀ1/N
     (7)  M ← μM + (G̃ + wd·W),  W ← W − ηM                     torch's momentum SGD
@@ -23,12 +23,15 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
              state "values"           the sum of 2ⁱ over the blocks i of v; −1: none was seen
     A₁       state "covariance"       (blocks, d(d+1)/2), its lower triangle by rows; its Cholesky
                                       factor: state "factor" (blocks, d, d); first layer only
-    ρ, β     damping, stat_decay      numbers;  k: state "updates";  η, μ: lr, momentum
+             state "fixed"            True after calibrate: A₁ is averaged no more
+    ρ, β     damping, stat_decay      numbers;  k: state "updates", this one included
+    η, μ     lr, momentum             numbers
     X, T     attention.py             (N, d) tokens, (N, N) attention scores of a head after softmax
-    R        rows                     B (linear), B·N (tokens), B·oH·oW (patches)
+    R        rows                     B (linear), B·N (tokens, and queries of (6)), B·oH·oW (patches)
 
 WHY THE MEAN. Write the R input rows as ā plus deviations, and let Σ be the covariance of these.
-The deviations sum to zero, so the cross terms vanish: A = E[a aᵀ] = ā āᵀ + Σ exactly (Prop. 4.1).
+The deviations sum to zero, so the cross terms vanish: A = E[a aᵀ] = ā āᵀ + Σ exactly (the setting
+of the paper's Proposition 4.1). ‖Σ‖ is the spectral norm.
 Weyl: ‖ā‖² ≤ λ₁(A) ≤ ‖ā‖² + ‖Σ‖, and λ₂(A) ≤ ‖Σ‖.
 Projecting A v₁ = λ₁ v₁ off ā gives sin∠(v₁, ā) ≤ ‖Σ‖/‖ā‖².
 So where ‖Σ‖ is small beside ‖ā‖², A has one outlier eigenvalue, and it lies along ā.
@@ -44,7 +47,8 @@ The bounds hold in every layer, but the one on the sine is empty where the ratio
 So ā is one large direction of A among several, and MAC damps that one.
 P = I is a choice for cost: it does not follow from A's eigenvalues being the larger ones.
 
-WHY (3). Multiply out (ā āᵀ + ρI)(I − ā āᵀ/(ρ + ‖ā‖²)), using āᵀā = ‖ā‖²:
+WHY (3). With vec stacking columns, (B ⊗ I) vec G = vec(G B) for a symmetric B, so F⁻¹ makes of G
+G (ā āᵀ + ρI)⁻¹. Multiply out (ā āᵀ + ρI)(I − ā āᵀ/(ρ + ‖ā‖²)), using āᵀā = ‖ā‖²:
 ā āᵀ + ρI − ā āᵀ (‖ā‖² + ρ)/(ρ + ‖ā‖²) = ρI. This is Sherman-Morrison.
 So ρ(ā āᵀ + ρI)⁻¹ is that second factor: ρ/(ρ + ‖ā‖²) along ā, 1 in all other directions.
 ρ → ∞ is SGD; ρ → 0 projects the mean input out of the gradient.
@@ -54,16 +58,19 @@ The plain inverse is this multiplier divided by ρ, and the same at ρ = 1.
 WHY (5). Images normalised to zero mean have ā ≈ 0: their mean says nothing.
 So the first layer keeps its small exact covariance (d = 27 for a 3×3 convolution on RGB).
 That reason needs a layer which reads the model's input, and reads it alone: there is none where an
-embedding, a recurrent layer or projections to q, k, v come first in modules() order.
-input_covariance='name' chooses another layer.
+embedding, a recurrent layer or projections to q, k, v come first in modules(). Of other layers it is
+the first trainable one, as published, also behind frozen ones: input_covariance=False or a name,
+input_covariance='name', is for those who want it otherwise.
 
 WHY (6). One head: V = X W_Vᵀ, T = softmax(QKᵀ/√d_h), O = T V. So O = (T X) W_Vᵀ.
 Then the gradient of W_V is (∂loss/∂O)ᵀ (T X): the rows that W_V multiplies are those of T X.
 Their mean is (T X)ᵀ1/N = Xᵀ (Tᵀ1/N) = Xᵀ t̄, with t̄ the column means of T.
 In this way the attention scores enter the curvature. q and k keep the mean token.
+With a bias, V = X W_Vᵀ + 1bᵀ and T1 = 1, so O = (T X) W_Vᵀ + 1bᵀ: the coordinate 1 stays 1.
 
-COST per layer: statistic O(numel of the input) every tcov steps (first layer 2·R·d² for A₁;
-attention its scores once more, 2·B·N²·D, which holds for nn.MultiheadAttention too), application
+COST per layer: statistic O(numel of the input) every tcov steps (first layer 2·R·d² for A₁; of
+scaled_dot_product_attention its scores once more, 2·B·N²·d; a softmax that the model forms itself
+is only summed, as nn.MultiheadAttention's with need_weights=True), application
 4·out·d per step (SGD touches the same out·d numbers; first layer 2·out·d²), state 2d numbers per
 block. No d×d matrix but A₁.
 
@@ -83,8 +90,7 @@ A₁ is averaged online like ā; `calibrate` fixes it by one pass over the data 
 USAGE
     optimizer = MAC(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
+    F.cross_entropy(model(x), y).backward()
     optimizer.step()
 """
 import re
@@ -156,6 +162,7 @@ class MAC(PreconditionedSGD):
     """
 
     first = None                   # the weight of the layer of (5)
+    looked = False                 # has it been looked for?
     kinds = dict.fromkeys(("linear", "projection", "conv"), "mean input")
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
@@ -164,12 +171,7 @@ class MAC(PreconditionedSGD):
                  weight_decay=0.0, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95,
                  tcov=5, tinv=50, input_covariance=True, maximize=False, foreach=None, fused=None):
         self.input_covariance, self.first = input_covariance, None
-        super().__init__(
-            model, params,
-            dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
-                 maximize=maximize, foreach=foreach, fused=fused),
-            dict(decoupled_weight_decay=decoupled_weight_decay, damping=damping,
-                 stat_decay=stat_decay, tcov=tcov, tinv=tinv))
+        super().__init__(locals())
         self.watcher.attention = Attention(self.watcher)
 
     def set_up(self, layer):
@@ -184,8 +186,8 @@ class MAC(PreconditionedSGD):
     def measure(self, layer, use):
         bias = layer.bias is not None
         if layer.weight is self.first:
-            return {"covariance": input_covariance(use, bias)}, use.rows
-        return {"mean": input_sum(use, bias)}, use.rows
+            return {"covariance": input_covariance(use, bias)}, use.rows                   # (5)
+        return {"mean": input_sum(use, bias)}, use.rows                                    # (1)
 
     def prepare(self, damping, mean=None, covariance=None):
         if covariance is None:
@@ -225,8 +227,8 @@ class MAC(PreconditionedSGD):
 
     def candidates(self):
         layers = super().candidates()
-        if self.first is None:
-            self.first = self.find_first(layers)
+        if not self.looked:
+            self.first, self.looked = self.find_first(layers), True
         first = layers.get(self.first)
         if first is not None and first.d > 2 ** 14:
             raise ValueError(f"MAC: the input covariance of the first layer, {first.name}, would "
@@ -263,6 +265,9 @@ class MAC(PreconditionedSGD):
         finally:
             for buffer, value in buffers:
                 buffer.copy_(value)
+        if not layer.active:
+            raise ValueError(f"MAC: calibrate()'s layer, {layer.name}, takes the plain step: "
+                             f"{layer.found['plain']}")
         found = self.pooled([layer])
         if not found:
             raise ValueError("MAC: calibrate() got no batch")
@@ -283,7 +288,7 @@ class MAC(PreconditionedSGD):
             return False
         if known is None:
             self.divide(layer, *found)
-        elif known != found:                # other rows than before: no mean would be right
+        elif known != found and known[1]:   # other rows than before: no mean would be right
             self.divide(layer, layer.blocks, ())
         return layer.found["values"] == found
 
@@ -303,12 +308,21 @@ class MAC(PreconditionedSGD):
         layer.blocks, layer.found["values"] = blocks, (blocks, tuple(values))
         if not values:
             layer.drop()
+        if "updates" in state:
+            state["values"] = self.as_number(layer)
         self.set_up(layer)
+
+    def as_number(self, layer):
+        """Which blocks are of values, in bits; −1 if unknown. Always in the state, and one number:
+        torch.distributed.checkpoint flattens no lists."""
+        return sum(2 ** i for i in layer.found["values"][1]) if "values" in layer.found else -1
 
     def blocks_of(self, layer, use):
         values = layer.found.get("values", (1, ()))[1]
-        if use.kind == "values" or not values:
-            return list(values) or use.blocks
+        if use.kind == "values":
+            return list(values)
+        if not values and use.of == layer.blocks:
+            return use.blocks
         times = layer.blocks // use.of
         start, stop, _ = use.blocks.indices(use.of)
         return [i for i in range(start * times, stop * times) if i not in values]
@@ -328,10 +342,8 @@ class MAC(PreconditionedSGD):
     def begin_step(self):
         super().begin_step()
         for layer in self.layers.values():
-            if layer.kind == "linear" and "updates" in self.state.get(layer.weight, {}):
-                # always there, and one number: torch.distributed.checkpoint flattens no lists
-                self.state[layer.weight]["values"] = sum(
-                    2 ** i for i in layer.found["values"][1]) if "values" in layer.found else -1
+            if layer.kind != "conv" and "updates" in self.state.get(layer.weight, {}):
+                self.state[layer.weight]["values"] = self.as_number(layer)
 
     def restore(self, layer, saved):
         layer.blocks = layer.own_blocks

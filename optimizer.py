@@ -4,17 +4,19 @@ A method answers five questions, and is a class of one screen then:
 
     kinds                    {kind of use: how it is preconditioned, in words}: which layers
     set_up(layer)            layer.measured, layer.prepared = {name in state: shape (blocks, ...)}
-    measure(layer, use)      {name: Σ over the rows of one use (blocks or 1, ...)}, number of rows
+    measure(layer, use)      {name: Σ over the rows of one use (blocks or 1, ...)}, number of rows;
+                             and where needs_gradients, measure_gradient(layer, use, grad): {name: Σ}
     prepare(damping, **measured)     {name: what is made of the averages}, which blocks failed
     apply(G, damping, **prepared)    G̃ for G (blocks, out/blocks, d) = [weight | bias]
 
 What a step does, in order: every tcov steps it takes the sums that capture.py has pending, pools
 them over micro-batches by count and over ranks by an all-reduce, and joins them to the averages;
-every tinv steps it prepares what is applied; then it puts G̃ = apply(G) in the place of each layer's
-gradient, takes torch's SGD step, and puts the raw gradients back. Layers of one shape go through
-prepare and apply together, as the blocks of one layer, so a small network costs a GPU few launches.
+every tinv steps (and for a layer that has none yet) it prepares what is applied; then it puts G̃ =
+apply(G) in the place of each layer's gradient, takes torch's SGD step, and puts the raw gradients
+back. Layers of one shape go through prepare and apply together, as the blocks of one layer, so a
+small network costs a GPU few launches.
 
-    average      m̂ ← m̂ + w (x − m̂),  w = (1 − β)/(1 − βᵏ)         bias-corrected, k updates so far
+    average      m̂ ← m̂ + w (x − m̂),  w = (1 − β)/(1 − βᵏ)         bias-corrected; the k-th update
     SGD          M ← μM + (G̃ + wd·W),  W ← W − ηM
 
 State stands in optimizer.state[weight] under plain names, with "updates" (k) and "step".
@@ -116,7 +118,7 @@ class Preconditioner(torch.optim.Optimizer):
         on its rows are a, not [a; 1], and its bias, if it has a gradient, takes the plain step."""
         layer.bias, layer.found["bias"] = None, "apart"
         layer.drop()
-        for name in ("updates", *layer.measured, *layer.prepared):
+        for name in ("updates", "fixed", *layer.measured, *layer.prepared):
             self.state.get(layer.weight, {}).pop(name, None)
         self.set_up(layer)
 
@@ -137,7 +139,21 @@ class Preconditioner(torch.optim.Optimizer):
         """The layer's blocks to which the sums of a use belong."""
         return use.blocks
 
-    # ---- the averages ----
+    # ---- the step ----
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step, with what is due in it; returns the loss of the closure, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.is_trial():
+            self.take_step()
+            self.steps += 1
+            self.begin_step()
+        return loss
 
     def begin_step(self):
         """Tell the watcher whether the coming step's batch counts; note the step in the state."""
@@ -147,8 +163,6 @@ class Preconditioner(torch.optim.Optimizer):
                 layer.on = self.steps % group["tcov"] == 0 and not state.get("fixed", False)
                 if "updates" in state:
                     state["step"] = self.steps
-                    if "bias" in layer.found:
-                        state["bias"] = layer.found["bias"]
         self.watcher.reset()
         self.watcher.on = any(layer.on for layer, _ in self.grouped())
 
@@ -157,6 +171,8 @@ class Preconditioner(torch.optim.Optimizer):
         """Will the coming forward pass feed statistics? Then a compiled model falls back to
         eager calls: faster is to call the plain model now, and the compiled one otherwise."""
         return self.watcher.on
+
+    # ---- the averages ----
 
     def update_statistics(self):
         """Join the pending sums of the layers due to their averages."""
@@ -178,6 +194,8 @@ class Preconditioner(torch.optim.Optimizer):
                 continue
             state = self.state[layer.weight]
             state["updates"] = state.get("updates", 0) + 1
+            for name in layer.prepared if state["updates"] == 1 else ():
+                state.pop(name, None)          # zeros of is_trial()
             for name, mean in found[layer].items():
                 if name in state and state["updates"] > 1:
                     if state[name].dtype != mean.dtype:         # the model's was changed
@@ -297,9 +315,18 @@ class Preconditioner(torch.optim.Optimizer):
 
     def restore(self, layer, saved):
         """A layer's statistics as they were saved, checked against what it measures."""
-        if "bias" in saved and layer.bias is not None:
-            self.part_with_bias(layer)
-            self.state[layer.weight]["updates"] = saved["updates"]
+        def fits():
+            return all(saved[name].shape == torch.Size(shape) for name, shape in
+                       (layer.measured | layer.prepared).items() if name in saved)
+        bias = layer.bias
+        if bias is not None and not fits():          # had it parted with its bias?
+            layer.bias = None
+            self.set_up(layer)
+            if fits():
+                layer.found["bias"] = "apart"
+            else:
+                layer.bias = bias
+                self.set_up(layer)
         for name, shape in (layer.measured | layer.prepared).items():
             if name not in saved:
                 if name in layer.measured and saved.get("updates"):
@@ -320,11 +347,10 @@ class Preconditioner(torch.optim.Optimizer):
             self.fill(group)
         if "model" not in self.__dict__:     # copied or unpickled
             self.model, self.steps, self.captured, self.hooked = None, 0, False, {}
-            self.watcher = Watcher(self)
+            self.watcher, self.ready = Watcher(self), False
 
     def __repr__(self):
-        lines, size, numbers, plain = [], 0, 0, []
-        done = set()
+        lines, size, numbers, plain, done = [], 0, 0, [], set()
         for layer, _ in self.grouped():
             if self.captured and not self.state.get(layer.weight, {}).get("updates"):
                 continue                      # it had its chance: computed, or not run yet
@@ -375,17 +401,16 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
     checks = dict(decoupled_weight_decay=(lambda v: v in (True, False), "True or False"),
                   damping=POSITIVE, stat_decay=DECAY, tcov=PERIOD, tinv=PERIOD)
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def step(self, closure=None):
+    def __init__(self, given):
+        """given: the arguments of a method's constructor by name, as locals() has them there."""
+        of_sgd = ("lr", "momentum", "nesterov", "weight_decay", "maximize", "foreach", "fused")
+        super().__init__(given["model"], given["params"],
+                         {name: given[name] for name in of_sgd if name in given},
+                         {name: given.get(name, False) for name in self.checks})
+
+    def take_step(self):
         """Statistics, refresh, precondition, momentum-SGD step. Afterwards p.grad is raw again."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         raw, decay = {}, []
-        if self.is_trial():
-            return loss
         try:
             with full_precision(next(iter(self.layers), torch.empty(0)).device.type):
                 self.update_statistics()
@@ -404,9 +429,6 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
                 p.grad = grad
             for group, value in decay:
                 group["weight_decay"] = value
-        self.steps += 1
-        self.begin_step()
-        return loss
 
     def refresh(self):
         """Prepare what is applied, every tinv steps, or where there is nothing to apply."""
@@ -424,8 +446,8 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
                     name=bad.name, damping=damping))
             for name, whole in prepared.items():
                 # row-major like what is loaded, so that a resumed run rounds alike
-                parts = whole.contiguous().split(len(whole) // len(layers))
-                for layer, part in zip(layers, parts):
+                each = whole.contiguous().split(len(whole) // len(layers))
+                for layer, part in zip(layers, each):
                     self.state[layer.weight][name] = part
 
     def prepare_all(self, parts):

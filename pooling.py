@@ -39,7 +39,8 @@ def pool(layers, numbers):
     values = torch.cat([tail, ends]).tolist()
     rows, numbers, ends = values[:len(rows)], values[len(rows):len(tail)], values[len(tail):]
     found, bad = [], None
-    for (layer, name, shape), part in zip(slots, flat.split([shape.numel() for *_, shape in slots])):
+    parts = flat.split([shape.numel() for *_, shape in slots])
+    for (layer, name, shape), part in zip(slots, parts):
         found.append((layer, name, part.view(shape), rows[:shape[0]]))
         rows = rows[shape[0]:]
     if not all(map(isfinite, ends)):                             # nan is both ends

@@ -563,7 +563,7 @@ class Run:
         Between two of them the ranks agree whether to go on: a signal to any of them, or an image
         that one cannot read, ends all after the same step; the first one's clock tells when to
         save. Every 50 steps the loss is read, which makes a host wait for its GPU; or every so
-        many, and then told where the output is no terminal.
+        many, and then a line is printed where there is no bar.
         """
         progress, batches, text = self.progress, iter(batches), self.text(number)
         self.first = self.done(total) if self.first is None else self.first
@@ -589,12 +589,12 @@ class Run:
             if progress.step % (every or 50) == 0 or progress.step == total:
                 loss, _, count = progress.means()
                 progress.seconds = before + time.perf_counter() - start
-                said = (f"loss {loss:.4f}, {count / progress.seconds:.0f} samples/s, "
-                        f"{progress.waited / progress.seconds:.0%} of it waiting for them, "
-                        f"{self.left(total)} left")
+                said = f"loss {loss:.4f}, {self.left(total)} left"
                 bar.set_postfix_str(said)
                 if every and bar.disable and progress.step < total:
-                    print(f"{text}  step {progress.step}/{total}  {said}", flush=True)
+                    print(f"{text}  step {progress.step}/{total}  {said}, "
+                          f"{count / progress.seconds:.0f} images/s, "
+                          f"{progress.waited / progress.seconds:.0%} waiting", flush=True)
             progress.seconds = before + time.perf_counter() - start
         bar.close()
         if not all(p.isfinite().all() for p in self.parts["model"].parameters()):

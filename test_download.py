@@ -83,7 +83,9 @@ class Mirror(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(rest[i:i + 1])
                 self.server.stop.wait(0.05)
         self.wfile.write(rest)
-        while how == "endless" and not self.server.stop.is_set():
+        for _ in range(10_000 if how == "endless" else 0):    # enough, and no disk is filled
+            if self.server.stop.is_set():
+                break
             self.wfile.write(rest)
 
     def log_message(self, *args):

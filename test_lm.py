@@ -157,7 +157,7 @@ def built(flags, vocabulary=11):
     """The network and the optimizer of a command."""
     args = train_lm.parse(f"{TINY} {flags}".split()[1:])
     nothing = torch.zeros(0, dtype=torch.int64)
-    text = texts.Text(nothing, nothing, list(range(vocabulary)), "character", "")
+    text = texts.Text(nothing, nothing, [str(i) for i in range(vocabulary)], "character", "")
     config = train_lm.resolve(args, args.optim[0], 0, text)
     return train_lm.build(config, torch.device("cpu"))
 

@@ -5,12 +5,17 @@ both sides of K-FAC's A ⊗ P have rank 1, and the damped inverse is one Sherman
 
     G̃ = (ā āᵀ ⊗ ḡ ḡᵀ + ρI)⁻¹ G = (G − (ḡᵀ G ā) ḡ āᵀ / (ρ + ‖ā‖²‖ḡ‖²)) / ρ
 """
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from mac import input_sum
+from foof import FOOF
+from kfac import KFAC
+from mac import MAC, input_sum
+from nysact import NysAct
 from optimizer import PreconditionedSGD
 
 
@@ -20,9 +25,7 @@ class Eva(PreconditionedSGD):
 
     def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, damping=0.03, stat_decay=0.95,
                  tcov=5, tinv=50):
-        super().__init__(model, params, dict(lr=lr, momentum=momentum), dict(
-            decoupled_weight_decay=False, damping=damping, stat_decay=stat_decay, tcov=tcov,
-            tinv=tinv))
+        super().__init__(locals())
 
     def set_up(self, layer):
         shapes = (layer.blocks, layer.d), (layer.blocks, layer.out // layer.blocks)
@@ -42,7 +45,7 @@ class Eva(PreconditionedSGD):
         return {"a": inputs.clone(), "g": gradients.clone()}, None
 
     def apply(self, G, damping, a, g):
-        a, g = a.unsqueeze(-1), g.unsqueeze(-1)                    # (blocks, d, 1), (blocks, out, 1)
+        a, g = a.unsqueeze(-1), g.unsqueeze(-1)           # (blocks, d, 1), (blocks, out/blocks, 1)
         norm = a.square().sum((1, 2)) * g.square().sum((1, 2))
         along = (g.mT @ G @ a).flatten() / (damping + norm)
         return (G - along[:, None, None] * g @ a.mT) / damping
@@ -114,3 +117,71 @@ def test_eva_resumes():
         return net.state_dict(), optimizer.state_dict()
     whole, resumed = run(7)[0], run(7, run(3))[0]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+# ---- what readers of the shared modules found ----
+
+@pytest.mark.parametrize("Optimizer", (FOOF, KFAC, NysAct, MAC))
+def test_zeros_of_a_trial_step_are_not_applied(Optimizer):
+    """torch.distributed.checkpoint makes a state of zeros; a layer that first runs between two
+    refreshes gets what its own statistics give."""
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, late):
+            return self.b(self.a(x)) if late else self.a(x)
+    ends = []
+    for asked in (True, False):
+        torch.manual_seed(0)
+        net, x, y = Late(), torch.randn(6, 4), torch.arange(6) % 4
+        optimizer = Optimizer(net, lr=0.1, tcov=1, tinv=50, **(
+            dict(loss_terms=6) if Optimizer is KFAC else {}))
+        if asked:
+            get_optimizer_state_dict(net, optimizer)
+        for step in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x, step > 0), y).backward()
+            optimizer.step()
+        ends.append([p.detach() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+def test_refused_checkpoint_changes_nothing():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    other = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 3))
+    optimizer, source = FOOF(net), FOOF(other)
+    F.cross_entropy(other(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+    source.step()
+    with pytest.raises(ValueError, match="layer 1 is"):
+        optimizer.load_state_dict(source.state_dict())
+    assert all(layer.bias is not None and not layer.found for layer in optimizer.layers.values())
+
+
+def test_values_of_other_rows_drop_nothing_more():
+    """After one layer made v by other rows than before, micro-batches still add up."""
+    net = nn.Linear(8, 24)
+    optimizer = MAC(net, input_covariance=False, tcov=1)
+    layer = optimizer.layers[net.weight]
+    assert optimizer.set_values(layer, np.arange(16, 24))
+    assert not optimizer.set_values(layer, np.arange(8, 16))
+    layer.add("mean", torch.ones(1, 9), 10)
+    assert not optimizer.set_values(layer, np.arange(16, 24))
+    assert layer.pending["mean"][1] == [10, 10, 10]
+
+
+def test_softmax_by_keyword():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            T = torch.softmax(input=self.q(x) @ x.mT, dim=-1)
+            return T @ self.v(x)
+    net = Attends()
+    optimizer = MAC(net, input_covariance=False)
+    net(torch.randn(2, 3, 4)).square().sum().backward()
+    optimizer.step()
+    assert "mean attended input" in str(optimizer)

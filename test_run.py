@@ -33,8 +33,8 @@ LM = ("train_lm.py --dataset grammar --model char --layers 1 --width 16 --heads 
       "--train_size 1200 --valid_size 100 --batch_size 12 --epoch 1 --dropout 0.1 --sample 0 "
       "--optim mac --device cpu")
 IMAGENET = ("train_imagenet.py --dummy 36 --model deit_tiny_patch16_224 --img-size 16 --crop-pct 1 "
-            "--batch-size 6 --epochs 1 --workers 0 --opt mac --device cpu --mixup 0.8 --cutmix 1 "
-            "--drop-path 0.2 --model-ema")
+            "--batch-size 6 --epochs 1 --workers 0 --opt mac --lr 0.01 --device cpu --mixup 0.8 "
+            "--cutmix 1 --drop-path 0.2 --model-ema")
 SCRIPTS = [CIFAR, LM, IMAGENET]
 # The columns that two equal runs may differ in.
 MEASURED = ("seconds", "peak_memory", "images_per_second", "data_wait")

@@ -65,9 +65,8 @@ class Rows(PreconditionedSGD):
     kinds = dict.fromkeys(("linear", "projection", "conv"), "rows")
     needs_gradients = True
 
-    def __init__(self, model):
-        super().__init__(model, None, dict(lr=0.1), dict(
-            decoupled_weight_decay=False, damping=1.0, stat_decay=0.0, tcov=1, tinv=1))
+    def __init__(self, model, params=None, damping=1.0, stat_decay=0.0, tcov=1, tinv=1):
+        super().__init__(locals())
 
     def set_up(self, layer):
         d = layer.d - (layer.bias is not None)
