@@ -72,7 +72,8 @@ def check_terms(loss_terms):
         if loss_terms in ("samples", "tokens") or (
                 not isinstance(loss_terms, str) and 0 <= float(loss_terms) < inf):
             return
-    raise ValueError(f"KFAC: loss_terms must be 'samples', 'tokens' or a number, got {loss_terms!r}")
+    raise ValueError(
+        f"KFAC: loss_terms must be 'samples', 'tokens' or a number, got {loss_terms!r}")
 
 
 def count_terms(layers, loss_terms, sequence_first):

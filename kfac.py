@@ -65,10 +65,10 @@ backward pass from the logits to the layers' outputs. 'empirical' takes the g of
 labels, which backward() brings anyway: another matrix, that vanishes as the labels are fitted.
 
 WHY (8). S tokens or positions t use one weight: sample n has the gradient Σ_t g aᵀ.
-'expand' drops the products of different t: Σ_t a aᵀ ⊗ g gᵀ, and by (2) that is (mean over t of a aᵀ)
-⊗ (sum over t of g gᵀ). This is exact in a linear network where each position has its own loss.
-'reduce' takes Σ_t g aᵀ for (Σ_t g) mᵀ, exact where the g of a sample are equal, as where outputs are
-averaged right after the layer.
+'expand' drops the products of different t: Σ_t a aᵀ ⊗ g gᵀ, which by (2) is (mean over t of a aᵀ) ⊗
+(sum over t of g gᵀ). This is exact in a linear network where each position has its own loss.
+'reduce' takes Σ_t g aᵀ for (Σ_t g) mᵀ, exact where the g of a sample are equal, as they are where
+outputs are averaged right after the layer.
 
 WHY (7). Under a mean loss ĝ = g/N. With micro-batches (each loss weighted by its share) ĝ = g/N
 too, N the terms of all. DDP averages gradients over D ranks, so a rank's ĝ is D g/N, and P_batch =
@@ -78,13 +78,13 @@ not, so that step() asks for KFAC(grad_scaler=scaler).
 HOW MANY TERMS. P, and with it what λ means, is proportional to N; calls.py tells how it is counted.
 Not seen: several forward passes before the first backward pass under reentrant activation
 checkpointing (the last is counted alone); targets that are ignored or masked (ignore_index,
-padding, weights), losses over some of the tokens, a sum in place of a mean. Then set
+padding, weights); losses over some of the tokens; a sum in place of a mean. Then set
 optimizer.loss_terms before step() to the number of terms that were averaged on this rank since
-zero_grad(), for example int((y != -100).sum()); 1 for a sum. step() raises and asks for the number where calls contradict: there is no batch dimension, or
-it is not the first; several calls stand behind one backward pass, and may be added or averaged.
-Losses of one forward pass that are backpropagated one after the other (retain_graph=True) count as
-independent: P gains Σ ĝ₁ĝ₁ᵀ + Σ ĝ₂ĝ₂ᵀ, without the cross terms of (ĝ₁ + ĝ₂)(ĝ₁ + ĝ₂)ᵀ, which
-backward() of their sum brings. Add losses before backward() if they share layers.
+zero_grad(), as int((y != -100).sum()); 1 for a sum. step() raises and asks for the number where
+calls contradict: no batch dimension, or not the first one; several calls behind one backward pass,
+which may be added or averaged. Losses of one forward pass that are backpropagated one after the
+other (retain_graph=True) count as independent: P gains Σ ĝ₁ĝ₁ᵀ + Σ ĝ₂ĝ₂ᵀ, without the products of
+ĝ₁ and ĝ₂ that backward() of their sum brings. Add losses first if they share layers.
 
 COST per layer: statistics R·(d² + out²) for R rows every tcov steps, factors (d³ + out³)/3 every
 tinv steps (eigen: about ten times that), application 2·out·d·(d + out) per step (eigen twice that),
@@ -99,8 +99,8 @@ plain step (its q, k, v would be blocks of one weight if `kinds` held "projectio
 
 DEPARTURES. Not taken from Martens and Grosse: the block-tridiagonal inverse (§4.3); the rescaled
 step (§6.4) and the adaptation of λ (§6.5), in whose place the KL clip stands; a separate damping of
-the factors (§6.6: here √λ); momentum from the quadratic model (§7: here torch's). Their damping is λ
-plus the L2 coefficient (§6.3); here wd joins after the solve. Their average weighs the past by
+the factors (§6.6: here √λ); momentum from the quadratic model (§7: here torch's). They add the L2
+coefficient to λ (§6.3); here wd joins after the solve. Their average weighs the past by
 min(1 − 1/k, 0.95); (6) corrects for its start at zero.
 
 ERRATA, against released implementations (the baselines of later papers), in which
