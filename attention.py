@@ -14,6 +14,7 @@ module adds itself, values or scores that are changed in place, einsum, flex_att
 products by keyword, and a function (no module) under reentrant checkpointing. A v that is used
 besides (a residual) is described by T X alone.
 """
+import threading
 import weakref
 from dataclasses import dataclass
 from math import gcd
@@ -126,11 +127,20 @@ class Attention:
 
     def __init__(self, watcher):
         self.watcher = watcher
-        self.forget()
+        self.local = threading.local()            # each thread follows its own forward pass
+
+    @property
+    def places(self):
+        """memory: Origin or Copy; neither kept alive."""
+        return self.local.__dict__.setdefault("places", {})
+
+    @property
+    def scores(self):
+        """T: Tᵀ1 (..., S) and what else belongs to it."""
+        return self.local.__dict__.setdefault("scores", WeakIdKeyDictionary())
 
     def forget(self):
-        self.places = {}                          # memory: Origin or Copy; neither kept alive
-        self.scores = WeakIdKeyDictionary()       # T: (Tᵀ1 (..., S), T's version)
+        self.local.__dict__.clear()
 
     def note(self, layer, rows, x, out):
         """A linear layer's output (..., out) from its input x (..., d)."""
