@@ -480,6 +480,8 @@ TOOLS = dict(
 @pytest.mark.parametrize("tool", TOOLS)
 def test_no_training_pass(make, tool):
     """A tool used before a step, and between forward and backward, changes nothing, nor fails."""
+    if tool == "strict_export" and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("before torch 2.7 hooks cannot tell a strict export")
     def loop(model, optimizer, data):
         for i, (x, y) in enumerate(data):
             optimizer.zero_grad()
