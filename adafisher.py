@@ -3,7 +3,7 @@
 Gomes, Zhang, Belilovsky, Wolf, Hosseini. "AdaFisher: Adaptive Second Order Optimization via Fisher
 Information". arXiv 2405.16397, ICLR 2025.  (Numbers are this file's; the paper's own follow a P.)
 
-THE UPDATE, for every Linear and Conv2d, rows h̄ = [h; 1] of its input and s = R ∂(mean loss)/∂output,
+THE UPDATE, for every Linear and Conv2d, rows h̄ = [h; 1] of its input, s = R ∂(mean loss)/∂output,
 the gradient as if each of the R rows had a loss of its own (other constants cancel in (4)), and for
 every normalisation layer z = ν ⊙ h + b, h its normalised input:
 

@@ -27,7 +27,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     ρ, β     damping, stat_decay      numbers;  k: state "updates", this one included
     η, μ     lr, momentum             numbers
     X, T     attention.py             (N, d) tokens, (N, N) attention scores of a head after softmax
-    R        rows                     B (linear), B·N (tokens, and queries of (6)), B·oH·oW (patches)
+    R        rows                     B (linear), B·N (tokens, queries of (6)), B·oH·oW (patches)
 
 WHY THE MEAN. Write the R input rows as ā plus deviations, and let Σ be the covariance of these.
 The deviations sum to zero, so the cross terms vanish: A = E[a aᵀ] = ā āᵀ + Σ exactly (the setting
@@ -58,9 +58,9 @@ The plain inverse is this multiplier divided by ρ, and the same at ρ = 1.
 WHY (5). Images normalised to zero mean have ā ≈ 0: their mean says nothing.
 So the first layer keeps its small exact covariance (d = 27 for a 3×3 convolution on RGB).
 That reason needs a layer which reads the model's input, and reads it alone: there is none where an
-embedding, a recurrent layer or projections to q, k, v come first in modules(). Of other layers it is
-the first trainable one, as published, also behind frozen ones: input_covariance=False or a name,
-input_covariance='name', is for those who want it otherwise.
+embedding, a recurrent layer or projections to q, k, v come first in modules(). Else it is the first
+trainable layer, as published, though frozen ones may stand before it; input_covariance=False or the
+name of a layer decides otherwise.
 
 WHY (6). One head: V = X W_Vᵀ, T = softmax(QKᵀ/√d_h), O = T V. So O = (T X) W_Vᵀ.
 Then the gradient of W_V is (∂loss/∂O)ᵀ (T X): the rows that W_V multiplies are those of T X.

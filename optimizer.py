@@ -5,7 +5,7 @@ A method answers five questions, and is a class of one screen then:
     kinds                    {kind of use: how it is preconditioned, in words}: which layers
     set_up(layer)            layer.measured, layer.prepared = {name in state: shape (blocks, ...)}
     measure(layer, use)      {name: Σ over the rows of one use (blocks or 1, ...)}, number of rows;
-                             and where needs_gradients, measure_gradient(layer, use, grad): {name: Σ}
+                             where needs_gradients, measure_gradient(layer, use, grad): {name: Σ}
     prepare(damping, **measured)     {name: what is made of the averages}, which blocks failed
     apply(G, damping, **prepared)    G̃ for G (blocks, out/blocks, d) = [weight | bias]
 

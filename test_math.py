@@ -3080,14 +3080,5 @@ def test_adafisher_checkpoints():
            lambda: AdaFisher(fresh).load_state_dict(saved))
 
 
-# ---- names that other test files still import ----
-
-close_all, skip = close, pytest.skip
-
-
-def run_tests(tests, words=()):
-    sys.exit(pytest.main([tests["__file__"], *(["-k", " or ".join(words)] if words else [])]))
-
-
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, *sys.argv[1:]]))

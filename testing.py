@@ -23,10 +23,8 @@ from nysact import NysAct
 
 # ---- comparison ----
 
-def close(got, want, tol, *legacy):
+def close(got, want, tol):
     """|got − want| ≤ tol·max|want|, for tensors, numbers, or each item of dicts of them."""
-    if isinstance(got, str):                     # tests that still name what they compare
-        got, want, tol = want, tol, *legacy
     if not isinstance(want, dict):
         got, want = {"": got}, {"": want}
     assert got.keys() == want.keys(), f"in one only: {sorted(map(str, got.keys() ^ want.keys()))}"
