@@ -3,7 +3,8 @@
     python bench.py                                   # ResNet-20, batch 128: some two minutes
     python bench.py --optim mac foof --repeats 30     # closer, where other work disturbs
     python bench.py --model deit_tiny_cifar --tinv 5 --csv deit.csv
-    python bench.py --device cuda --amp --channels_last --model resnet50_cifar --repeats 50
+    python bench.py --device cuda --amp --channels_last --model resnet50 --compile --repeats 30
+    python bench.py --device cuda --amp --model gpt2_small --batch_size 8 --tinv 5
     python bench.py --scaling                         # how one layer's cost grows: three minutes
     python bench.py --launches --model resnet110      # operators that a GPU would have to launch
 
@@ -12,7 +13,8 @@ process, so that whatever else the machine does meets all of them alike. Steps d
 in them, by tcov and tinv. Each repeat takes one step of every kind; weighted by how often the kind
 comes in a cycle of tinv steps, and divided by SGD's step of that repeat, they are one ratio. Shown
 are medians over the repeats, and the quartiles. Times are CPU seconds of one thread, on a GPU
-seconds between events on its stream.
+seconds between events on its stream. With --compile the steps that collect no statistics run the
+compiled network, as in the training scripts.
 
     statistics       in the hooks and at the beginning of step()
     factorisation    bringing what is applied up to date
@@ -45,7 +47,7 @@ from tqdm import tqdm
 
 from attention import Attention
 from capture import Watcher
-from models import CIFAR_MODELS
+from models import CIFAR_MODELS, GPT, GPT_SIZES, IMAGENET_MODELS
 from optimizer import Preconditioner
 from run import COUNT, FILES, RECIPES, Parser, UsageError, optimizer_class
 
@@ -123,13 +125,38 @@ def make(optim, net, args, **flags):
         if name in flags and getattr(args, name):
             flags[name] = getattr(args, name)
     flags["lr"] = flags["lr"] / 10      # random labels: the loss should stay finite
+    if optim == "kfac" and isinstance(net, GPT):
+        flags["loss_terms"] = "tokens"
     return optimizer_class(optim)(net if optim in FILES else net.parameters(), **flags)
 
 
-def train_step(clock, net, optimizer, loss_of):
+def network(name, device):
+    """The network on the device, and a function of a batch size that draws inputs and targets."""
+    torch.manual_seed(0)
+    if name in GPT_SIZES:
+        size, vocabulary = GPT_SIZES[name], 50304
+        shape, classes = (size["context"],), vocabulary
+        net = GPT(vocabulary=vocabulary, **size)
+    elif name in CIFAR_MODELS:
+        net, shape, classes = CIFAR_MODELS[name](), (3, 32, 32), 10
+    else:
+        net, shape, classes = IMAGENET_MODELS[name](), (3, 224, 224), 1000
+
+    def draw(size):
+        if name in GPT_SIZES:
+            tokens = torch.randint(classes, (size, shape[0] + 1), device=device)
+            return tokens[:, :-1], tokens[:, 1:]
+        return (torch.randn(size, *shape, device=device),
+                torch.randint(classes, (size,), device=device))
+    return net.to(device), draw
+
+
+def train_step(clock, net, optimizer, loss_of, compiled=None):
+    """compiled: the network as torch.compile made it, for steps that collect no statistics."""
+    plain = compiled is None or getattr(optimizer, "collecting", False)
     with clock.span("forward and backward"):
         optimizer.zero_grad()
-        loss_of(net).backward()
+        loss_of(net if plain else compiled).backward()
         with clock.span("application"):
             optimizer.step()
 
@@ -154,11 +181,14 @@ def go_to(optimizer, step):
         optimizer.begin_step()
 
 
-def measure(clock, nets, optimizers, losses, repeats):
+def measure(clock, nets, optimizers, losses, repeats, compiled):
     """[{optimizer: {part: seconds per step}}], one for each repeat."""
     kinds = {optim: kinds_of(optimizer) for optim, optimizer in optimizers.items()}
-    for clock.optim in nets:         # memory is taken and kernels are chosen in a first step
-        train_step(clock, nets[clock.optim], optimizers[clock.optim], losses[0])
+    for clock.optim in nets:         # memory is taken, kernels are chosen, graphs compiled before
+        for first, _ in kinds[clock.optim].values():
+            go_to(optimizers[clock.optim], first)
+            train_step(clock, nets[clock.optim], optimizers[clock.optim], losses[0],
+                       compiled.get(clock.optim))
     clock.read()
     results, names, turn = [], list(nets), 0
     for _ in tqdm(range(repeats), "repeats", disable=None, leave=False):
@@ -170,7 +200,7 @@ def measure(clock, nets, optimizers, losses, repeats):
                     go_to(optimizers[clock.optim], known[clock.due][0])
                 if clock.due in known or len(known) == 1:      # SGD's steps are all of one kind
                     train_step(clock, nets[clock.optim], optimizers[clock.optim],
-                               losses[turn % len(losses)])
+                               losses[turn % len(losses)], compiled.get(clock.optim))
         results.append({})
         for optim, found in clock.read().items():
             shares = {due: kinds[optim][due][1] for due in found} if len(found) == len(
@@ -200,22 +230,21 @@ def peak_bytes(step, device):
 
 def bench_network(args):
     """Rows of the table: one dict per optimizer."""
-    torch.manual_seed(0)
-    net = CIFAR_MODELS[args.model]().to(args.device)
+    net, draw = network(args.model, args.device)
     if args.channels_last:
         net = net.to(memory_format=torch.channels_last)
     clock = Clock(args.device)
     watch_all(clock, args.optim)             # before the optimizers take hold of what it times
     nets = {optim: copy.deepcopy(net) for optim in args.optim}
     optimizers = {optim: make(optim, nets[optim], args) for optim in args.optim}
-    batches = [(torch.randn(args.batch_size, 3, 32, 32, device=args.device),
-                torch.randint(10, (args.batch_size,), device=args.device)) for _ in range(4)]
+    compiled = {optim: torch.compile(net) for optim, net in nets.items()} if args.compile else {}
 
     def loss(net, x, y):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-            return F.cross_entropy(net(x).float(), y)
-    losses = [lambda net, x=x, y=y: loss(net, x, y) for x, y in batches]
-    results = measure(clock, nets, optimizers, losses, args.repeats)
+            return F.cross_entropy(net(x).float().flatten(0, -2), y.flatten())
+    losses = [lambda net, x=x, y=y: loss(net, x, y)
+              for x, y in (draw(args.batch_size) for _ in range(4))]
+    results = measure(clock, nets, optimizers, losses, args.repeats, compiled)
     rows = []
     for clock.optim, optimizer in optimizers.items():
         rows.append(row_of(clock.optim, results, args.optim[0]))
@@ -225,8 +254,9 @@ def bench_network(args):
                                                          losses[0]), args.device)
     for row in rows[::-1]:
         row["peak"] = (row["peak"] - rows[0]["peak"]) / 2 ** 20
-    print(f"{args.model}, batch {args.batch_size}, {args.device}, torch {torch.__version__}, "
-          f"{args.repeats} repeats; all times as ratios to SGD's step")
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    print(f"{args.model}, batch {args.batch_size}, {where}, torch {torch.__version__}, "
+          f"{args.repeats} repeats{', compiled' * args.compile}; all times as ratios to SGD's step")
     return rows
 
 
@@ -329,17 +359,16 @@ class Operators(TorchDispatchMode):
 
 def bench_launches(args):
     """Rows of the table: one dict per optimizer."""
-    torch.manual_seed(0)
-    net, clock, rows = CIFAR_MODELS[args.model]().to(args.device), Clock(args.device), []
-    x, y = torch.randn(2, 3, 32, 32, device=args.device), torch.zeros(2, dtype=torch.long)
-    y = y.to(args.device)
+    (net, draw), clock, rows = network(args.model, args.device), Clock(args.device), []
+    x, y = draw(2)
     for optim in tqdm(args.optim, "counting", disable=None, leave=False):
         lists = {} if optim.startswith("adafisher") else dict(foreach=True)      # as on a GPU
         copied, counts = copy.deepcopy(net), []
         optimizer = make(optim, copied, args, **lists)
 
         def step():
-            train_step(clock, copied, optimizer, lambda net: F.cross_entropy(net(x), y))
+            train_step(clock, copied, optimizer, lambda net: F.cross_entropy(
+                net(x).flatten(0, -2), y.flatten()))
         step()                                           # memory is taken
         for first, share in kinds_of(optimizer).values():
             go_to(optimizer, first)
@@ -392,7 +421,8 @@ def parse():
     parser.add_argument("--optim", nargs="+", choices=list(RECIPES), metavar="NAME",
                         default=["mac", "nysact", "foof", "kfac", "adafisher"],
                         help="%(choices)s; sgd is always measured too")
-    parser.add_argument("--model", default="resnet20", choices=list(CIFAR_MODELS), metavar="NAME",
+    parser.add_argument("--model", default="resnet20", metavar="NAME",
+                        choices=[*CIFAR_MODELS, *IMAGENET_MODELS, *GPT_SIZES],
                         help="%(choices)s (default %(default)s)")
     parser.add_argument("--batch_size", type=COUNT, default=128, help="default %(default)s")
     parser.add_argument("--repeats", type=COUNT, default=10, help="default %(default)s")
@@ -402,6 +432,7 @@ def parse():
                         help="default %(default)s")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels_last", action="store_true", help="NHWC memory format")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--scaling", action="store_true",
                         help="one layer of growing size in place of a network")
     parser.add_argument("--launches", action="store_true",
