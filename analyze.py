@@ -159,9 +159,9 @@ def evenly(items, count):
     return [items[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})]
 
 
-def span(values):
+def span(values, digits=3):
     """The smallest and the largest in words: '0.79 to 0.99'."""
-    return " to ".join(dict.fromkeys(f"{v:.3g}" for v in (min(values), max(values))))
+    return " to ".join(dict.fromkeys(f"{v:.{digits}g}" for v in (min(values), max(values))))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,20 +195,20 @@ def overview(args):
         shown = [v for v in values[layer][:40].tolist() if v > 1e-12 * values[layer][0]]
         left.bar(range(1, len(shown) + 1), shown, color=["C3", *["C0"] * (len(shown) - 1)])
         finish(left, f"eigenvalues of A = E[a aᵀ] in {layer}", "eigenvalue",
-               f"1. Inputs a share a direction: {share:.0%} of A is λ₁")
-        middle.bar(range(len(names)), cosine, color="C3")
+               f"1. Inputs share one direction: λ₁ is {100 * share:.0f} % of A")
+        depth = range(2, len(names) + 2)
+        middle.bar(depth, cosine, color="C3")
         middle.set_ylim(0, 1)
-        finish(middle, "layer, from first to last", "|cosine(v₁, ā)|",
-               f"2. It is close to their mean ā = E[a]: {min(cosine):.2f} to {max(cosine):.2f}")
-        right.vlines(range(len(names)), after, before, color="0.7")
-        right.plot(before, "o", ms=5, color="C0", label="in the gradient G")
-        right.plot(after, "v", ms=5, color="C3", label="in MAC's G̃ = G − (Gā)āᵀ/(ρ + |ā|²)")
+        finish(middle, "layer", "|cosine(v₁, ā)|",
+               f"2. It is near their mean ā: cosine {min(cosine):.2f} to {max(cosine):.2f}")
+        right.vlines(depth, after, before, color="0.7")
+        right.plot(depth, before, "o", ms=5, color="C0", label="gradient G")
+        right.plot(depth, after, "v", ms=5, color="C3", label="MAC's G − (G ā) āᵀ/(ρ + ‖ā‖²)")
         right.set_yscale("log")
-        finish(right, "layer, from first to last", "length along ā / ‖G‖",
-               "3. MAC shortens the gradient along ā alone")
-    factors = [b / a for a, b in zip(after, before)]
-    publish(args, setup, when, f"""MAC shortens the gradient along the mean input {span(factors)}
-        times, at no more than the cost of a vector per layer.""",
+        finish(right, "layer", "length along ā, over ‖G‖", "3. MAC shortens G along ā, no more")
+    left = [100 * b / a for a, b in zip(before, after)]
+    publish(args, setup, when, f"""Of the gradient's part along the mean input of a layer MAC leaves
+        {span(left, 2)} %, and all of the rest, for one vector of state per layer.""",
             ("layer", "share_of_first_eigenvalue", "cosine", "gradient_along_mean",
              "update_along_mean"), rows, rows, (11.1, 3.5), draw)
 
@@ -339,9 +339,10 @@ def mean(args):
                  (squared, "s", "ā: ‖ā‖²"), (spread, "^", "Σ: ‖Σ‖₂"),
                  (frobenius, "v", "Σ: Frobenius norm"))
     ratio = statistics.median(b / a if a else math.inf for a, b in zip(squared, spread))
-    publish(args, setup, when, f"""The top eigenvector of A is at a cosine of {span(cosine)} to the
-        mean input ā in the end, and the part Σ of A = ā āᵀ + Σ that MAC drops is {ratio:.2g} times
-        as large as the part that it keeps (‖Σ‖₂/‖ā‖², median of the layers).""",
+    publish(args, setup, when, f"""The top eigenvector of A is at a cosine of
+        {span(cosine[1:])} to the mean input ā in the layers after the first, and the part Σ of
+        A = ā āᵀ + Σ that MAC drops is {ratio:.2g} times as large as what it keeps (‖Σ‖₂/‖ā‖²,
+        median of the layers).""",
             ("layer", "when", "cosine", "bound", "sharp_bound", "mean_squared", "spread_spectral",
              "spread_frobenius"), rows, after, (11, 5.3), draw)
 
@@ -567,7 +568,7 @@ def fourier(args):
         shows the ridges of the last column (noise: symmetric, off the diagonal, deviation
         {args.noise:g} of the mean diagonal entry).""",
             ("layer", "factor", "rows", "diagonal_to_upper_dB", "diagonal_to_noisy_upper_dB"), rows,
-            rows, (14, 6.5), draw)
+            rows, (14, 7), draw)
 
 
 def landscape(args):
@@ -614,7 +615,8 @@ def landscape(args):
         filter), on the loss in that plane over {sum(len(y) for _, y in batches)} training images,
         which off the plane, at the iterates themselves, is another.""",
         ("path", "when", "direction_1", "direction_2", "loss", "loss_in_plane"), rows,
-        list(ends.values()), (8, 6.8), draw)
+        list(ends.values()), (8, 2.3 + 5 * min(1.4, ((ys[-1] - ys[0]) / (xs[-1] - xs[0])).item())),
+        draw)
     write_csv(path.with_name(f"{path.name}-surface.csv"), caption, args,
               ("direction_1", "direction_2", "loss"),
               [(x, y, loss) for y, line in zip(ys.tolist(), losses.tolist())
@@ -691,7 +693,7 @@ def compare(args):
                          "those of pictures and those of text apart")
     metric, = metrics
     for name in ("model", "dataset"):
-        values = list(dict.fromkeys(str(log.config.get(name)) for log in logs))
+        values = dict.fromkeys(str(log.config[name]) for log in logs if name in log.config)
         if len(values) > 1:
             tell(f"note: the runs differ in {name}, {', '.join(values)}")
     print_table(("run", "optimizer", "seeds", "epochs", "train loss", METRICS[metric],
@@ -729,7 +731,7 @@ def draw_curves(groups, metric, picture):
         for axis, xlabel in zip(line, ("epoch", "seconds of training, as logged")):
             axis.grid(alpha=0.3)
             axis.set(ylabel=ylabel, xlabel=xlabel)
-            axis.set_title(f"{ylabel} by {xlabel.split(' ')[0]}", fontsize=9)
+            axis.set_title(f"{ylabel.split(',')[0]} by {xlabel.split(' ')[0]}", fontsize=9)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -55,8 +55,9 @@ def read_config(folder):
                          "what was run")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["seed"] = config.pop("run") if "run" in config else config["seed"]
-        return config | {name: str(config[name]) for name in ("model", "optim")}
+        config["seed"] = int(config.pop("run" if "run" in config else "seed"))
+        which = {name: config[name] for name in ("model", "optim", "seed")}
+        return config if path.name == "config.json" else which
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UsageError(f"{path} is damaged, or not the configuration of a run: it does not name "
                          "a model, an optimizer and a seed")
@@ -78,17 +79,15 @@ def group_runs(logs):
     groups, result = {}, {}
     for label, log in logs.items():
         same = {name: value for name, value in log.config.items() if name not in INCIDENTAL}
-        if "epochs" not in same and "epoch" not in same:
-            same = log.config["model"], log.config["optim"]       # all that a record tells
         key, copies = json.dumps([same, len(log.rows)], sort_keys=True), 0
         while log.config["seed"] in (group := groups.setdefault((key, copies), {})):
             copies += 1
         group[log.config["seed"]] = label, log
     for group in groups.values():
         names = [label for label, _ in group.values()]
-        above = Path(names[0]).parent.as_posix()
-        inside = [label for label in logs if label.startswith(f"{above}/")]
-        name = above if len(names) > 1 and inside == names else ", ".join(names)
+        name = Path(os.path.commonpath(names)).as_posix()
+        if name in (".", *result):
+            name = ", ".join(names)
         result[name] = {seed: log for seed, (_, log) in group.items()}
     return result
 
