@@ -47,8 +47,8 @@ from models import CIFAR_MODELS
 from probe import (attention_matrices, choose, layers_of, loss_at, output_gradients, run_ends,
                    sample, second_moments, set_up, stages, surface, train_and_watch, train_placebo,
                    trained_paths, training, watch_updates)
-from run import (COUNT, OPTIMIZER_FLAGS, POSITIVE, RECIPES, SEED, Diverged, Parser, UsageError,
-                 number, print_anything, tell, user_path, write_file)
+from run import (COUNT, NAME, OPTIMIZER_FLAGS, POSITIVE, RECIPES, SEED, Diverged, Parser,
+                 UsageError, number, print_anything, tell, user_path, write_file)
 from spectra import (alignment, contraction, correlation, cosine_bound, gershgorin_discs, kaiser,
                      preconditioned_grams, principal_plane, signal_to_noise, spectrum,
                      symmetric_noise, top_cosine, top_eigenvalues)
@@ -788,10 +788,10 @@ def check_runs(args):
     """Refuse flags of the training where finished runs are looked at, whose own hold."""
     if getattr(args, "from_run", None) is None and not getattr(args, "runs", None):
         return
-    given = {word.partition("=")[0] for word in args.argv}
+    given = {word.partition("=")[0].replace("-", "_") for word in args.argv}
     settled = ["dataset", "seed", "run", "model", "optim", "steps"]
     for name in itertools.chain(settled, *RECIPES.values()):
-        if f"--{name}" in given:
+        if f"__{name}" in given:
             raise UsageError(f"--{name} has no use here, where nothing is trained: leave it out, "
                              "and the run's own value holds")
 
@@ -817,13 +817,13 @@ def add_flags(figure, defaults):
     if "model" not in defaults:
         return
     figure.add_argument("--dataset", default="shapes", choices=list(datasets.STATISTICS),
-                        help="default %(default)s, generated")
+                        **NAME, help="of %(choices)s (default %(default)s, generated)")
     figure.add_argument("--data_dir", type=user_path, default="data", metavar="DIR",
                         help="default %(default)s")
     figure.add_argument("--seed", "--run", type=SEED, default=0, metavar="SEED",
                         help="of everything random (default %(default)s)")
-    flag("model", "%(choices)s", choices=list(CIFAR_MODELS), metavar="NAME")
-    flag("optim", "what trains; of %(choices)s", choices=list(RECIPES), metavar="NAME")
+    flag("model", "%(choices)s", choices=list(CIFAR_MODELS), **NAME)
+    flag("optim", "what trains; of %(choices)s", choices=list(RECIPES), **NAME)
     flag("steps", "steps of training", type=COUNT, metavar="N")
     flag("batch_size", "images per step", type=COUNT, metavar="N")
     flag("images", "images that statistics and losses are taken over", type=COUNT, metavar="N")
