@@ -86,15 +86,16 @@ def publish(args, setup, when, caption, columns, rows, shown, size, draw):
     of the printed table. draw: what fills an empty matplotlib figure of `size` inches.
     """
     folder, name, caption = Path(args.output_dir), args.figure, " ".join(caption.split())
+    details = [args.note] if args.note else []
     if setup is not None:
         config = setup.config
         name = "-".join([name, config["model"], config["optim"], config["dataset"]])
         seeds = config["seed"] if isinstance(config["seed"], list) else [config["seed"]]
         seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-        caption = f"{caption.rstrip('.')} ({config['model']} on {config['dataset']}, " \
-            f"{config['optim']}, {when}, {seeds})."
-    if args.note:
-        caption = f"{caption.rstrip('.')} ({args.note})."
+        details.insert(0, f"{config['model']} on {config['dataset']}, {config['optim']}, {when}, "
+                       f"{seeds}")
+    if details:
+        caption = f"{caption.rstrip('.')} ({'; '.join(details)})."
     write_csv(folder / f"{name}.csv", caption, args, columns, rows)
     if shown:
         print_table(columns, shown)
@@ -110,7 +111,7 @@ def publish(args, setup, when, caption, columns, rows, shown, size, draw):
     with rc_context({"axes.formatter.useoffset": False, "axes.labelsize": 9, "xtick.labelsize": 8,
                      "ytick.labelsize": 8}):
         draw(picture)
-    picture.supxlabel(textwrap.fill(caption, int(size[0] * 17)), fontsize=8, x=0.01, ha="left")
+    picture.supxlabel(textwrap.fill(caption, int(size[0] * 18)), fontsize=8, x=0.01, ha="left")
     picture.savefig(buffer, format="png")
     image = Image.open(buffer).convert("RGB")           # 256 colours are a third of the bytes
     image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)
@@ -124,6 +125,7 @@ def finish(axis, xlabel, ylabel, title):
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
     low, high = axis.get_ylim()
     margin = 0.01 * max(abs(low), abs(high))
     if high - low < margin:                  # all values alike: no ticks such as 0.9999991
@@ -195,17 +197,18 @@ def overview(args):
         shown = [v for v in values[layer][:40].tolist() if v > 1e-12 * values[layer][0]]
         left.bar(range(1, len(shown) + 1), shown, color=["C3", *["C0"] * (len(shown) - 1)])
         finish(left, f"eigenvalues of A = E[a aᵀ] in {layer}", "eigenvalue",
-               f"1. Inputs share one direction: λ₁ is {100 * share:.0f} % of A")
+               f"1. Inputs a share one direction: λ₁ is {100 * share:.0f} % of tr A")
         depth = range(2, len(names) + 2)
         middle.bar(depth, cosine, color="C3")
         middle.set_ylim(0, 1)
         finish(middle, "layer", "|cosine(v₁, ā)|",
-               f"2. It is near their mean ā: cosine {min(cosine):.2f} to {max(cosine):.2f}")
+               f"2. It is nearly their mean ā: cosine {min(cosine):.2f} to {max(cosine):.2f}")
         right.vlines(depth, after, before, color="0.7")
         right.plot(depth, before, "o", ms=5, color="C0", label="gradient G")
         right.plot(depth, after, "v", ms=5, color="C3", label="MAC's G − (G ā) āᵀ/(ρ + ‖ā‖²)")
         right.set_yscale("log")
-        finish(right, "layer", "length along ā, over ‖G‖", "3. MAC shortens G along ā, no more")
+        right.xaxis.get_major_locator().set_params(integer=True)
+        finish(right, "layer", "length along ā, over ‖G‖", "3. MAC shortens G along ā, and nothing else")
     left = [100 * b / a for a, b in zip(before, after)]
     publish(args, setup, when, f"""Of the gradient's part along the mean input of a layer MAC leaves
         {span(left, 2)} %, and all of the rest, for one vector of state per layer.""",

@@ -371,13 +371,15 @@ def test_compare(tmp_path, capsys, monkeypatch):
     for name, seed, values, lr in (("mac/0", 0, (50, 70), 1), ("mac/1", 1, (50, 74), 1),
                                    ("sgd/0", 0, (50, 60), 2), ("sgd/1", 1, (40, 66), 2),
                                    ("sgd/2", 2, (40, 90), 2), ("sgd/3", 3, (40,), 2),
-                                   ("again", 0, (50, 71), 1)):
+                                   ("again", 0, (50, 71), 1), ("sgd/4", 0, (1, 2), 3),
+                                   ("sgd/5", 1, (1, 2), 3)):
         make_run(tmp_path / name, columns, values, dict(
             seed=seed, lr=lr, optim="mac" if lr == 1 else "sgd", command=name))
     found = logs.read_logs([tmp_path / "mac", tmp_path])
     groups = logs.group_runs(found)
     assert {label: list(group) for label, group in groups.items()} == {
-        "mac": [0, 1], "again": [0], "sgd": [0, 1, 2], "sgd/3": [3]}
+        "mac": [0, 1], "again": [0], "sgd": [0, 1, 2], "sgd/3": [3],
+        "sgd/4, sgd/5": [0, 1]}
     assert groups["mac"][1].rows == [(1, 2.0, 50.0, 50.0), (2, 4.0, 74.0, 74.0)]
     rows = list(logs.compare_rows(groups))
     assert rows[0] == ("mac", "mac", 2, 2, 72.0, "72.00 ± 2.83", "", "2.0")
