@@ -176,7 +176,7 @@ def second_moments(net, batches, names):
             use.kind == "conv" else -1], False)
 
     layers = layers_of(net)
-    for name in names:
+    for name in sums:
         layers[name].register_forward_hook(partial(record, name))
     for x, y in tqdm(batches, "moments", disable=None, leave=False):
         F.cross_entropy(net(x), y, reduction="sum").backward()
