@@ -111,7 +111,7 @@ def publish(args, setup, when, caption, columns, rows, shown, size, draw):
     with rc_context({"axes.formatter.useoffset": False, "axes.labelsize": 9, "xtick.labelsize": 8,
                      "ytick.labelsize": 8}):
         draw(picture)
-    picture.supxlabel(textwrap.fill(caption, int(size[0] * 18)), fontsize=8, x=0.01, ha="left")
+    picture.supxlabel(textwrap.fill(caption, int(size[0] * 17)), fontsize=8, x=0.01, ha="left")
     picture.savefig(buffer, format="png")
     image = Image.open(buffer).convert("RGB")           # 256 colours are a third of the bytes
     image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)
