@@ -327,3 +327,14 @@ def test_imagenet_options(name, layer, size):
                                         (SWIN, 100), (SWIN, 32)])
 def test_refused_sizes(name, size):
     raises(ValueError, [str(size)], lambda: MODELS[name](image_size=size))
+
+
+def test_dropout_of_gpt():
+    """Of the embeddings, of what each half of a block adds, and of the attention's weights."""
+    gpt = models.GPT(7, 5, layers=2, heads=2, width=8, dropout=0.25)
+    rates = [m.p for m in gpt.modules() if isinstance(m, nn.Dropout)]
+    assert rates == [0.25] * 3 and gpt.blocks[1].attn.dropout == 0.25
+    attention, x = models.Attention(8, 2, dropout=1.0), torch.randn(2, 3, 8)
+    close(attention(x), attention.proj.bias.expand(2, 3, 8), 0)
+    y = attention.eval()(x)
+    assert not torch.equal(y[0], y[1]), "no dropout in evaluation"
