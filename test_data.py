@@ -97,26 +97,26 @@ def test_shapes():
             data.load("shapes", train_size=size)
 
 
-IMAGES = torch.from_numpy(tiny_images(3, 40)[0])[:, :, :, :28]      # (40, 3, 32, 28)
+FORTY = torch.from_numpy(tiny_images(3, 40)[0])[:, :, :, :28]      # (40, 3, 32, 28)
 
 
 def test_crop_and_flip():
     """Against a loop over the images."""
     state = torch.Generator().manual_seed(5)
-    got = data.crop_and_flip(IMAGES, torch.Generator().manual_seed(5), pad=3)
+    got = data.crop_and_flip(FORTY, torch.Generator().manual_seed(5), pad=3)
     top, left, mirrored = (torch.randint(n, (40, 1), generator=state) for n in (7, 7, 2))
     for i in range(40):
-        want = F.pad(IMAGES[i], (3, 3, 3, 3))[:, top[i]:top[i] + 32, left[i]:left[i] + 28]
+        want = F.pad(FORTY[i], (3, 3, 3, 3))[:, top[i]:top[i] + 32, left[i]:left[i] + 28]
         assert torch.equal(got[i], want.flip(2) if mirrored[i] else want)
     assert {0, 6} <= set(top.flatten().tolist()) and 5 < mirrored.sum() < 35
 
 
 def test_cut_out():
     state = torch.Generator().manual_seed(6)
-    got = data.cut_out(IMAGES + 1.0, torch.Generator().manual_seed(6), 8)
+    got = data.cut_out(FORTY + 1.0, torch.Generator().manual_seed(6), 8)
     y, x = torch.randint(32, (40,), generator=state), torch.randint(28, (40,), generator=state)
     for i in range(40):
-        want = IMAGES[i] + 1.0
+        want = FORTY[i] + 1.0
         want[:, max(y[i] - 4, 0):y[i] + 4, max(x[i] - 4, 0):x[i] + 4] = 0
         assert torch.equal(got[i], want)
 
@@ -193,14 +193,6 @@ def test_refused(blobs, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_pickle_of_today(protocol):
-    """What numpy of today writes: two ways to the same array."""
-    content = {b"data": TINY[0][0].reshape(4, 3072), b"labels": [1, 2, 3, 4]}
-    images, labels = data.parse_pickle(pickle.dumps(content, protocol), "x", b"labels", 4)
-    assert (images == content[b"data"]).all() and labels.tolist() == [1, 2, 3, 4]
-
-
 @pytest.mark.parametrize("archive", FORMS.values())
 def test_download(blobs, mirror, tmp_path, archive):  # noqa: F811
     """Fetched once, verified, and found again."""
@@ -216,26 +208,52 @@ def test_download(blobs, mirror, tmp_path, archive):  # noqa: F811
     assert [how for how, _ in mirror.requests] == ["missing", "missing", "good"]
 
 
-def test_damaged_files(blobs, tmp_path):
+IMAGES = TINY[0][0]     # four
+
+
+def pickled(images, labels, protocol=4):
+    return pickle.dumps({b"data": images.reshape(4, 3072), b"labels": labels}, protocol)
+
+
+@pytest.mark.parametrize("form, file, spoil, words", [
+    ("tiny.bin.gz", "tiny.bin.gz", lambda blob: blob[:-9], "Remove it"),
+    ("tiny.bin.gz", "tiny.bin.gz", lambda blob: bytes([blob[0] ^ 1]) + blob[1:], "md5"),
+    ("tiny.bin.gz", "tiny.bin.gz", lambda blob: b"", "0 bytes"),
+    ("bin", "a", lambda blob: blob[:-1], f"{4 * 3073 - 1} bytes"),
+    ("bin", "a", lambda blob: b"\x0a" + blob[1:], "label 10 is not one of 0 to 9"),
+    ("py", "x", lambda blob: blob[:200], "damaged"), ("py", "x", lambda blob: b"", "damaged"),
+    ("py", "x", lambda blob: blob.replace(b"labels", b"fables"), "damaged"),
+    ("py", "x", lambda blob: pickle.dumps([1, 2]), "damaged"),
+    ("py", "x", lambda blob: as_python(IMAGES[:3], [0, 1, 2]), "does not hold 4 images"),
+    ("py", "x", lambda blob: as_python(IMAGES, [0, 1, 2]), "does not hold 4 images"),
+    ("py", "x", lambda blob: pickled(IMAGES.astype(np.uint16), [0] * 4), "does not hold 4 images"),
+    ("py", "x", lambda blob: pickled(IMAGES, [0.5] * 4), "does not hold 4 images")])
+def test_damaged_files(blobs, tmp_path, form, file, spoil, words):
     """A damaged file is named, with what to do, and is left as it was."""
-    def check(place, file, content, *words):
-        put(place, **{file: content})
-        with refused(*words) as caught:
-            data.load("cifar10", tmp_path)
-        assert "\n" not in str(caught.value) and (place / file).read_bytes() == content
-    good = blobs["tiny.bin.gz"]
-    check(tmp_path, "tiny.bin.gz", good[:-9], tmp_path / "tiny.bin.gz", len(good) - 9, "Remove it")
-    check(tmp_path, "tiny.bin.gz", bytes([good[0] ^ 1]) + good[1:], "md5", "Remove it")
-    check(tmp_path, "tiny.bin.gz", b"", "0 bytes")
+    folder = tmp_path if file == form else tmp_path / form
+    files = {form: blobs[form]} if file == form else blobs[form]
+    damaged = spoil(files[file])
+    put(folder, **files | {file: damaged})
+    with refused(folder, file, words) as caught:
+        data.load("cifar10", tmp_path)
+    assert "\n" not in str(caught.value) and (folder / file).read_bytes() == damaged
+
+
+def test_missing_files(blobs, tmp_path):
+    put(tmp_path / "bin", a=blobs["bin"]["a"], b=blobs["bin"]["b"])
+    with refused(tmp_path / "bin", "lacks c"):
+        data.load("cifar10", tmp_path)
     short = tar_gz({"bin/a": blobs["bin"]["a"], "../bin/b": blobs["bin"]["b"]})
     download.FILES["tiny.bin.gz"] = (len(short), md5(short))
-    check(tmp_path, "tiny.bin.gz", short, "does not contain bin/b")
-    folder, a = tmp_path / "bin", blobs["bin"]["a"]
-    put(folder, a=a)
-    check(folder, "b", blobs["bin"]["b"], folder, "lacks c")
-    put(folder, c=blobs["bin"]["c"])
-    check(folder, "a", a[:-1], f"a in {folder}", f"{len(a) - 1} bytes")
-    check(folder, "a", b"\x0a" + a[1:], folder, "label 10 is not one of 0 to 9")
+    with refused("does not contain bin/b"):
+        data.load("cifar10", put(tmp_path / "archive", **{"tiny.bin.gz": short}))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_pickle_of_today(protocol):
+    """What numpy of today writes: two ways to the same array."""
+    images, labels = data.parse_pickle(pickled(IMAGES, [1, 2, 3, 4], protocol), "x", b"labels", 4)
+    assert (images == IMAGES.reshape(4, 3072)).all() and labels.tolist() == [1, 2, 3, 4]
 
 
 class Evil:
@@ -256,23 +274,10 @@ MARK = "mark"       # what a hostile file would write
 def test_hostile_pickle(blobs, tmp_path, monkeypatch, call, protocol):
     """Only what an array needs is called; everything else is refused before it runs."""
     monkeypatch.chdir(tmp_path)
-    content = {b"data": np.zeros((4, 3072), np.uint8), b"labels": [Evil(*call)] * 4}
-    put(tmp_path / "py", **blobs["py"] | {"x": pickle.dumps(content, protocol)})
+    put(tmp_path / "py", **blobs["py"] | {"x": pickled(IMAGES, [Evil(*call)] * 4, protocol)})
     with refused(tmp_path / "py", "it asks for", "x in"):
         data.load("cifar10", tmp_path)
     assert not (tmp_path / MARK).exists()
-
-
-def test_damaged_pickle(blobs, tmp_path):
-    good, images = blobs["py"]["x"], TINY[0][0]
-    wide = np.zeros((4, 3072), np.uint16)
-    for blob in (pickle.dumps([1, 2]), good[:200], b"", good.replace(b"labels", b"fables"),
-                 as_python(images[:3], [0, 1, 2]), as_python(images, [0, 1, 2]),
-                 pickle.dumps({b"data": wide, b"labels": [0] * 4}),
-                 pickle.dumps({b"data": wide.astype(np.uint8), b"labels": [0.5] * 4})):
-        put(tmp_path / "py", **blobs["py"] | {"x": blob})
-        with refused("x in", tmp_path / "py", "replace it"):
-            data.load("cifar10", tmp_path)
 
 
 def test_fingerprint():
