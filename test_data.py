@@ -51,24 +51,23 @@ def tar_gz(files):
     return out.getvalue()
 
 
+# A CIFAR-10 of 2 x 4 training and 3 test images: the files of both forms, and their archives.
 TINY = [tiny_images(seed, count) for seed, count in ((0, 4), (1, 4), (2, 3))]
-FORMS = {"bin": "tiny.bin.gz", "py": "tiny.py.gz"}
+BIN = {name: as_binary(*part) for name, part in zip("abc", TINY)}
+PY = {name: as_python(*part) for name, part in zip("xyz", TINY)}
+ARCHIVES = {f"tiny.{form}.gz": tar_gz({f"{form}/{name}": blob for name, blob in files.items()})
+            for form, files in (("bin", BIN), ("py", PY))}
+IMAGES = TINY[0][0]
 
 
-@pytest.fixture
-def blobs(monkeypatch):
-    """A CIFAR-10 of 2 x 4 training and 3 test images, {name: bytes}: archives and their files."""
-    files = {"bin": {name: as_binary(*part) for name, part in zip("abc", TINY)},
-             "py": {name: as_python(*part) for name, part in zip("xyz", TINY)}}
-    archives = {FORMS[form]: tar_gz({f"{form}/{name}": blob for name, blob in content.items()})
-                for form, content in files.items()}
-    for name, blob in archives.items():
+@pytest.fixture(autouse=True)
+def cifar10_is_tiny(monkeypatch):
+    for name, blob in ARCHIVES.items():
         monkeypatch.setitem(download.FILES, name, (len(blob), md5(blob)))
     monkeypatch.setitem(download.MIRRORS, "cifar10", ())
     monkeypatch.setitem(data.RELEASES, "cifar10", (
         data.Release("tiny.bin.gz", "bin", 1, {"a": 4, "b": 4}, {"c": 3}),
         data.Release("tiny.py.gz", "py", b"labels", {"x": 4, "y": 4}, {"z": 3})))
-    return files | archives
 
 
 def is_tiny(loaded, train=8):
@@ -156,29 +155,29 @@ def test_sizes_of_batches(count, size, train, want):
 
 # ---------------------------------------------------------------- CIFAR
 
-@pytest.mark.parametrize("form", FORMS)
-def test_cifar_forms(blobs, tmp_path, form):
+@pytest.mark.parametrize("form, files", [("bin", BIN), ("py", PY)])
+def test_cifar_forms(tmp_path, form, files):
     """Unpacked folder or archive, in data_dir or being it: the same images."""
     def check(place, named, **how):
         loaded = data.load("cifar10", place, download=False, **how)
-        assert is_tiny(loaded, **({"train": how["train_size"]} if how else {}))
-        assert str(named) in loaded.source
+        assert is_tiny(loaded, *how.values()) and str(named) in loaded.source
         return loaded.fingerprint
-    archive = put(tmp_path / "archive", **{FORMS[form]: blobs[FORMS[form]]})
-    print_of = check(archive, archive / FORMS[form])
-    folder = put(tmp_path / form, **blobs[form])
-    assert print_of == check(tmp_path, folder) == check(folder, folder)
-    assert print_of == check(str(folder.rename(tmp_path / "renamed")), "renamed")
-    assert print_of != check(tmp_path / "renamed", "renamed", train_size=5)
-    put(tmp_path / "renamed" / "bin", **blobs["bin"])           # the binary form comes first
-    check(tmp_path / "renamed", tmp_path / "renamed" / ("" if form == "bin" else "bin"))
+    name = f"tiny.{form}.gz"
+    archive = put(tmp_path / "archive", **{name: ARCHIVES[name]})
+    whole = check(archive, archive / name)
+    folder = put(tmp_path / form, **files)
+    assert whole == check(tmp_path, folder) == check(folder, folder)
+    place = folder.rename(tmp_path / "renamed")
+    assert whole == check(str(place), place) != check(place, place, train_size=5)
+    put(place / "bin", **BIN)                                   # the binary form comes first
+    check(place, place if form == "bin" else place / "bin")
 
 
-def test_refused(blobs, tmp_path, monkeypatch):
+def test_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     put(tmp_path, file=b"mine")
-    put(tmp_path / "bin", **blobs["bin"])
+    put(tmp_path / "bin", **BIN)
     for words, name, place, how in (
             (["train_size is 9", "8"], "cifar10", tmp_path, {"train_size": 9}),
             (["nowhere", "tiny.bin.gz", "--dataset shapes"], "cifar10", tmp_path / "nowhere",
@@ -193,10 +192,10 @@ def test_refused(blobs, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("archive", FORMS.values())
-def test_download(blobs, mirror, tmp_path, archive):  # noqa: F811
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_download(mirror, tmp_path, archive):  # noqa: F811
     """Fetched once, verified, and found again."""
-    mirror.blobs.update(blobs)
+    mirror.blobs.update(ARCHIVES)
     addresses = [f"{mirror.address}/{how}/{archive}" for how in ("missing", "good")]
     download.MIRRORS["cifar10"] = addresses[:1]
     with refused("cifar10 could not be downloaded", "404", "tiny.bin.gz or tiny.py.gz", "by hand",
@@ -208,42 +207,34 @@ def test_download(blobs, mirror, tmp_path, archive):  # noqa: F811
     assert [how for how, _ in mirror.requests] == ["missing", "missing", "good"]
 
 
-IMAGES = TINY[0][0]     # four
-
-
 def pickled(images, labels, protocol=4):
     return pickle.dumps({b"data": images.reshape(4, 3072), b"labels": labels}, protocol)
 
 
-@pytest.mark.parametrize("form, file, spoil, words", [
-    ("tiny.bin.gz", "tiny.bin.gz", lambda blob: blob[:-9], "Remove it"),
-    ("tiny.bin.gz", "tiny.bin.gz", lambda blob: bytes([blob[0] ^ 1]) + blob[1:], "md5"),
-    ("tiny.bin.gz", "tiny.bin.gz", lambda blob: b"", "0 bytes"),
-    ("bin", "a", lambda blob: blob[:-1], f"{4 * 3073 - 1} bytes"),
-    ("bin", "a", lambda blob: b"\x0a" + blob[1:], "label 10 is not one of 0 to 9"),
-    ("py", "x", lambda blob: blob[:200], "damaged"), ("py", "x", lambda blob: b"", "damaged"),
-    ("py", "x", lambda blob: blob.replace(b"labels", b"fables"), "damaged"),
-    ("py", "x", lambda blob: pickle.dumps([1, 2]), "damaged"),
-    ("py", "x", lambda blob: as_python(IMAGES[:3], [0, 1, 2]), "does not hold 4 images"),
-    ("py", "x", lambda blob: as_python(IMAGES, [0, 1, 2]), "does not hold 4 images"),
-    ("py", "x", lambda blob: pickled(IMAGES.astype(np.uint16), [0] * 4), "does not hold 4 images"),
-    ("py", "x", lambda blob: pickled(IMAGES, [0.5] * 4), "does not hold 4 images")])
-def test_damaged_files(blobs, tmp_path, form, file, spoil, words):
+@pytest.mark.parametrize("file, content, words", [
+    ("tiny.bin.gz", b"", "0 bytes"), ("tiny.bin.gz", ARCHIVES["tiny.bin.gz"][:-9], "Remove it"),
+    ("tiny.bin.gz", bytes(len(ARCHIVES["tiny.bin.gz"])), "md5"),
+    ("a", BIN["a"][:-1], f"{4 * 3073 - 1} bytes"),
+    ("a", b"\x0a" + BIN["a"][1:], "label 10 is not one of 0 to 9"),
+    ("x", PY["x"][:200], "damaged"), ("x", b"", "damaged"), ("x", pickle.dumps([1, 2]), "damaged"),
+    ("x", PY["x"].replace(b"labels", b"fables"), "damaged"),
+    ("x", as_python(IMAGES[:3], [0, 1, 2]), "does not hold 4 images"),
+    ("x", as_python(IMAGES, [0, 1, 2]), "does not hold 4 images"),
+    ("x", pickled(IMAGES.astype(np.uint16), [0] * 4), "does not hold 4 images"),
+    ("x", pickled(IMAGES, [0.5] * 4), "does not hold 4 images")])
+def test_damaged_files(tmp_path, file, content, words):
     """A damaged file is named, with what to do, and is left as it was."""
-    folder = tmp_path if file == form else tmp_path / form
-    files = {form: blobs[form]} if file == form else blobs[form]
-    damaged = spoil(files[file])
-    put(folder, **files | {file: damaged})
-    with refused(folder, file, words) as caught:
+    put(tmp_path, **{"a": BIN, "x": PY}.get(file, {}) | {file: content})
+    with refused(tmp_path, file, words) as caught:
         data.load("cifar10", tmp_path)
-    assert "\n" not in str(caught.value) and (folder / file).read_bytes() == damaged
+    assert "\n" not in str(caught.value) and (tmp_path / file).read_bytes() == content
 
 
-def test_missing_files(blobs, tmp_path):
-    put(tmp_path / "bin", a=blobs["bin"]["a"], b=blobs["bin"]["b"])
+def test_missing_files(tmp_path):
+    put(tmp_path / "bin", a=BIN["a"], b=BIN["b"])
     with refused(tmp_path / "bin", "lacks c"):
         data.load("cifar10", tmp_path)
-    short = tar_gz({"bin/a": blobs["bin"]["a"], "../bin/b": blobs["bin"]["b"]})
+    short = tar_gz({"bin/a": BIN["a"], "../bin/b": BIN["b"]})
     download.FILES["tiny.bin.gz"] = (len(short), md5(short))
     with refused("does not contain bin/b"):
         data.load("cifar10", put(tmp_path / "archive", **{"tiny.bin.gz": short}))
@@ -271,10 +262,10 @@ MARK = "mark"       # what a hostile file would write
 @pytest.mark.parametrize("call", [
     (os.system, (f"touch {MARK}",)), (exec, (f"open('{MARK}', 'w')",)), (np.load, (MARK,)),
     (getattr, ("", "join")), (np.ndarray.tofile, (np.ones(3), MARK))])
-def test_hostile_pickle(blobs, tmp_path, monkeypatch, call, protocol):
+def test_hostile_pickle(tmp_path, monkeypatch, call, protocol):
     """Only what an array needs is called; everything else is refused before it runs."""
     monkeypatch.chdir(tmp_path)
-    put(tmp_path / "py", **blobs["py"] | {"x": pickled(IMAGES, [Evil(*call)] * 4, protocol)})
+    put(tmp_path / "py", **PY | {"x": pickled(IMAGES, [Evil(*call)] * 4, protocol)})
     with refused(tmp_path / "py", "it asks for", "x in"):
         data.load("cifar10", tmp_path)
     assert not (tmp_path / MARK).exists()
