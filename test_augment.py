@@ -291,16 +291,13 @@ def by_formula(name, value, x):
         return np.clip(base + np.float32(value) * (x - base), 0, 255).astype(np.uint8)
     if name == "rotate":                                    # counter-clockwise
         return np.rot90(x, value // 90)
-    row, column = np.mgrid[:x.shape[0], :x.shape[1]]
-    sources = {"translate_x": (row, column + value), "translate_y": (row + value, column),
-               # by the slope times the other coordinate of the pixel's centre
-               "shear_x": (row, column + value * row + value // 2),
-               "shear_y": (row + value * column + value // 2, column)} \
-        if name.startswith(("translate", "shear")) else {}
-    if name in sources:
-        i, j = sources[name]
-        inside = (i >= 0) & (i < x.shape[0]) & (j >= 0) & (j < x.shape[1])
-        return np.where(inside[..., None], x[i % x.shape[0], j % x.shape[1]], FILL)
+    if name.endswith("_y"):
+        return by_formula(name[:-1] + "x", value, x.swapaxes(0, 1)).swapaxes(0, 1)
+    if name.endswith("_x"):                                 # a shear: slope times centre's height
+        row, column = np.mgrid[:x.shape[0], :x.shape[1]]
+        source = column + (value if name == "translate_x" else value * row + value // 2)
+        inside = (source >= 0) & (source < x.shape[1])
+        return np.where(inside[..., None], x[row, source % x.shape[1]], FILL)
     return {"identity": lambda: x, "invert": lambda: 255 - x,
             "posterize": lambda: x // 2.0 ** (8 - value) * 2.0 ** (8 - value),
             "solarize": lambda: np.where(x < value, x, 255 - x),
