@@ -368,9 +368,9 @@ def test_wrong_command(command, words):
 def test_pack(folders, command, tmp_path):
     """A packed split is its images, each shrunk and centred."""
     packed = tmp_path / "packed"
-    status, out, _ = command("pack", folders, packed, "--size", 24, "--workers", 2)
-    assert status == 0 and "9 images of 24x24, 2 classes" in out
-    shrink = eval_transform(24, 24, "bicubic")
+    status, out, _ = command("pack", folders, packed, "--workers", 2)
+    assert status == 0 and "9 images of 256x256, 2 classes" in out
+    shrink = eval_transform(256, 256, "bicubic")
     for split in ("train", "val"):
         one, two = open_images(folders, split), open_images(packed, split)
         assert "(packed)" in two.where and one.classes == two.classes
@@ -389,7 +389,8 @@ def test_pack(folders, command, tmp_path):
 
 @pytest.mark.parametrize("src, dst, size, words", [
     ("set", "packed", 16, ["another packing", "8 pixels"]), ("packed", "x", 8, ["packed already"]),
-    ("set", "x", 10 ** 7, ["GB"]), ("set", "set/train/cat/cat_0.jpg", 8, ["cannot write", "cat_0"]),
+    ("set", "x", 10 ** 7, ["3900000.0 GB"]),
+    ("set", "set/train/cat/cat_0.jpg", 8, ["cannot write", "cat_0"]),
     ("set", "~who?/x", 8, ["~who?/x", "in full"]), ("~who?/x", "x", 8, ["~who?/x", "in full"])])
 def test_refused_packing(folders, monkeypatch, src, dst, size, words):
     monkeypatch.chdir(folders.parent)
@@ -401,16 +402,16 @@ def test_refused_packing(folders, monkeypatch, src, dst, size, words):
 def test_pack_again(folders, command, tmp_path):
     """Nothing to do; interrupted: begun anew; damaged: refused."""
     packed = tmp_path / "packed"
-    command("pack", folders, packed, "--size", 24)
+    command("pack", folders, packed, "--size", 1)
     array = packed / "train.images.npy"
     stamp, whole = array.stat().st_mtime_ns, array.read_bytes()
-    assert command("pack", folders, packed, "--size", 24)[1].count("left as it is") == 2
+    assert command("pack", folders, packed, "--size", 1)[1].count("left as it is") == 2
     assert array.stat().st_mtime_ns == stamp
     (packed / "train.packed.json").unlink()
     array.rename(packed / "train.images.npy.part")
     with refused("interrupted"):
         open_images(packed, "train")
-    command("pack", folders, packed, "--size", 24)
+    command("pack", folders, packed, "--size", 1)
     assert array.read_bytes() == whole
     array.write_bytes(whole[:-1])
     with refused("damaged", packed):
@@ -419,7 +420,7 @@ def test_pack_again(folders, command, tmp_path):
     with refused("No such file", "train.images.npy"):
         open_images(packed, "train")
     (folders / "train" / "dog" / "bad.png").write_text("text")
-    status, _, errors = command("pack", folders, tmp_path / "other", "--size", 24)
+    status, _, errors = command("pack", folders, tmp_path / "other", "--size", 1)
     assert status == 2 and "bad.png" in errors and errors.count("\n") == 1
     assert not (tmp_path / "other" / "train.packed.json").exists()
 
@@ -445,7 +446,9 @@ def test_packing_onto_a_full_disk(folders, tmp_path, monkeypatch, full):
 def test_foreign_packing(tmp_path):
     """Files of the right names that hold other things than images.py writes."""
     about = {"count": 9, "size": 4, "classes": ["cat", "dog"]}
-    images.write_packed(tmp_path, "train", DummyImages(9, 4, 2), about, 0)
+    with mock.patch.object(images, "tqdm") as bar:
+        images.write_packed(tmp_path, "train", DummyImages(9, 4, 2), about, 0)
+    assert bar.return_value.__enter__.return_value.update.call_args_list == [mock.call(9)]
     labels = np.load(tmp_path / "train.labels.npy")
     assert open_images(tmp_path, "train").labels.dtype == labels.dtype == np.int64
     for wrong in (labels / 4, labels.astype(str), labels + 1, labels - 1, labels[1:]):
