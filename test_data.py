@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import runpy
 import struct
 import tarfile
 
@@ -322,6 +323,8 @@ def test_fashion(mirror, monkeypatch, tmp_path):  # noqa: F811
     ("shapes", 0, "shapes: 10000 training and 2000 test images of 3x32x32, 10 classes; drawn")])
 def test_command_line(monkeypatch, capsys, name, status, words):
     monkeypatch.setattr("sys.argv", ["data.py", name])
-    assert data.main() == status
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(data.__file__, run_name="__main__")
+    assert stop.value.code == status
     line = capsys.readouterr()[0 if status == 0 else 1]
     assert line.startswith(words) and line.count("\n") == 1

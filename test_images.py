@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -350,11 +351,9 @@ def command(monkeypatch, capsys):
     """command(*words) is (exit status, stdout, stderr) of `python images.py`."""
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["images.py", *map(str, words)])
-        try:
-            status = images.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(images.__file__, run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
     return run
 
 
