@@ -458,7 +458,7 @@ def batches(images, labels, batch_size, *, train, mean, std, seed=None, epoch=No
         yield (cut_out(x, generator, cutout) if cutout else x), y
 
 
-def crop_and_flip(images, generator, pad=4, flip=True):
+def crop_and_flip(images, generator, pad=4):
     """Pad with zeros, crop to the old size at random, and mirror every second image on average.
 
     images: (B, C, H, W) uint8 on any device, returned likewise. generator: one of the CPU.
@@ -466,7 +466,7 @@ def crop_and_flip(images, generator, pad=4, flip=True):
     n, channels, height, width = images.shape
     top = torch.randint(2 * pad + 1, (n, 1), generator=generator)
     left = torch.randint(2 * pad + 1, (n, 1), generator=generator)
-    mirror = torch.randint(2 if flip else 1, (n, 1), generator=generator)
+    mirror = torch.randint(2, (n, 1), generator=generator)
     top, left, mirror = torch.stack((top, left, mirror)).to(images.device)  # each (B, 1)
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)

@@ -174,7 +174,7 @@ class PackedImages(Source):
         self.where = f"{self.file} (packed)"
         try:
             with open(os.path.join(folder, f"{split}.packed.json"), encoding="utf-8") as file:
-                about = json.load(file)
+                self.about = about = json.load(file)
             self.labels = np.load(os.path.join(folder, f"{split}.labels.npy"))
             self.classes, shape = list(about["classes"]), (about["count"], *[about["size"]] * 2, 3)
             images = np.load(self.file, mmap_mode="r")
@@ -439,16 +439,13 @@ def pack(src, dst, size, workers=0):
 
 def packed_already(dst, split, about):
     """Whether this split is there, complete. Raises DataError if it is another packing."""
-    path = os.path.join(dst, f"{split}.packed.json")
-    if not os.path.exists(path):
+    if not os.path.exists(os.path.join(dst, f"{split}.packed.json")):
         return False
     there = PackedImages(dst, split)
-    with open(path, encoding="utf-8") as file:
-        found = json.load(file)
-    if found != about:
+    if there.about != about:
         raise DataError(f"{dst} holds another packing of {split}: {len(there)} images of "
-                        f"{found['size']} pixels from {found.get('from')}; remove it, or choose "
-                        "another folder.")
+                        f"{there.about['size']} pixels from {there.about.get('from')}; remove it, "
+                        "or choose another folder.")
     print(f"{there.file}: complete already, left as it is")
     return True
 

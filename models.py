@@ -425,20 +425,25 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q, k and v come from one linear layer."""
+    """Multi-head self-attention; q, k and v come from one linear layer.
 
-    def __init__(self, dim, heads):
+    causal: a token sees itself and what came before it. dropout: of the attention's weights.
+    """
+
+    def __init__(self, dim, heads, bias=True, causal=False, dropout=0.0):
         super().__init__()
-        self.num_heads = heads
+        self.num_heads, self.causal, self.dropout = heads, causal, dropout
         self.scale = (dim // heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x, attn_mask=None):
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask, scale=self.scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal, scale=self.scale)
         out = out.transpose(1, 2).reshape(B, T, D)  # the heads side by side again
         return self.proj(out)
 
@@ -823,32 +828,13 @@ def check_fit(path, own, state):
 # GPT
 # ---------------------------------------------------------------------------------------------
 
-class CausalAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and what came before it."""
-    is_causal = True  # mac.py's hook masks the scores that it takes again as this says
-
-    def __init__(self, dim, heads, bias, dropout):
-        super().__init__()
-        self.num_heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.proj = nn.Linear(dim, dim, bias=bias)
-
-    def forward(self, x):
-        B, T, D = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                             dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(out.transpose(1, 2).reshape(B, T, D))
-
-
 class CausalBlock(nn.Module):
     """Pre-norm transformer block of a language model; dropout on what each half adds."""
 
     def __init__(self, dim, heads, bias, dropout):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, bias=bias)
-        self.attn = CausalAttention(dim, heads, bias, dropout)
+        self.attn = Attention(dim, heads, bias, causal=True, dropout=dropout)
         self.norm2 = nn.LayerNorm(dim, bias=bias)
         self.fc1 = nn.Linear(dim, 4 * dim, bias=bias)
         self.fc2 = nn.Linear(4 * dim, dim, bias=bias)

@@ -4,11 +4,9 @@ import hashlib
 import io
 import os
 import pickle
+import runpy
 import struct
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,30 +52,29 @@ def tar_gz(files):
     return out.getvalue()
 
 
+# A CIFAR-10 of 2 x 4 training and 3 test images: the files of both forms, and their archives.
 TINY = [tiny_images(seed, count) for seed, count in ((0, 4), (1, 4), (2, 3))]
+BIN = {name: as_binary(*part) for name, part in zip("abc", TINY)}
+PY = {name: as_python(*part) for name, part in zip("xyz", TINY)}
+ARCHIVES = {f"tiny.{form}.gz": tar_gz({f"{form}/{name}": blob for name, blob in files.items()})
+            for form, files in (("bin", BIN), ("py", PY))}
+IMAGES = TINY[0][0]
 
 
-@pytest.fixture
-def blobs(monkeypatch):
-    """A CIFAR-10 of 2 x 4 training and 3 test images: {name: bytes} of both archives' files."""
-    binary = {f"bin/{name}": as_binary(*part) for name, part in zip("abc", TINY)}
-    python = {f"py/{name}": as_python(*part) for name, part in zip("xyz", TINY)}
-    archives = {"tiny.bin.gz": tar_gz(binary), "tiny.py.gz": tar_gz(python)}
-    for name, blob in archives.items():
+@pytest.fixture(autouse=True)
+def cifar10_is_tiny(monkeypatch):
+    for name, blob in ARCHIVES.items():
         monkeypatch.setitem(download.FILES, name, (len(blob), md5(blob)))
     monkeypatch.setitem(download.MIRRORS, "cifar10", ())
     monkeypatch.setitem(data.RELEASES, "cifar10", (
         data.Release("tiny.bin.gz", "bin", 1, {"a": 4, "b": 4}, {"c": 3}),
         data.Release("tiny.py.gz", "py", b"labels", {"x": 4, "y": 4}, {"z": 3})))
-    return {**archives, **binary, **python}
 
 
 def is_tiny(loaded, train=8):
-    images, labels = (np.concatenate(arrays)[:train] for arrays in zip(*TINY[:2]))
-    assert torch.equal(loaded.train_images, torch.from_numpy(images))
-    assert torch.equal(loaded.train_labels, torch.from_numpy(labels))
-    assert torch.equal(loaded.test_images, torch.from_numpy(TINY[2][0]))
-    assert loaded.train_images.dtype == torch.uint8 and loaded.train_labels.dtype == torch.int64
+    want = [*(np.concatenate(arrays)[:train] for arrays in zip(*TINY[:2])), *TINY[2]]
+    for got, array in zip(loaded[:4], want):
+        assert torch.equal(got, torch.from_numpy(array)) and got.dtype in (torch.uint8, torch.int64)
     return True
 
 
@@ -92,7 +89,6 @@ def test_shapes():
     assert torch.equal(small.train_images, large.train_images[:37])
     assert torch.equal(small.test_images, large.test_images) and len(large.test_images) == 2000
     assert torch.equal(torch.bincount(large.train_labels), torch.full((10,), 62))
-    assert small.train_images.shape == (37, 3, 32, 32) and small.train_images.dtype == torch.uint8
     pixels = large.test_images.double() / 255
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(large.mean, rel=2e-2)
     assert pixels.std((0, 2, 3)).tolist() == pytest.approx(large.std, rel=2e-2)
@@ -101,32 +97,33 @@ def test_shapes():
             data.load("shapes", train_size=size)
 
 
+FORTY = torch.from_numpy(tiny_images(3, 40)[0])[:, :, :, :28]      # (40, 3, 32, 28)
+
+
 def test_crop_and_flip():
     """Against a loop over the images."""
-    images = torch.from_numpy(tiny_images(3, 40)[0])[:, :, :, :28]  # (40, 3, 32, 28)
     state = torch.Generator().manual_seed(5)
-    got = data.crop_and_flip(images, torch.Generator().manual_seed(5), pad=3)
+    got = data.crop_and_flip(FORTY, torch.Generator().manual_seed(5), pad=3)
     top, left, mirrored = (torch.randint(n, (40, 1), generator=state) for n in (7, 7, 2))
     for i in range(40):
-        want = F.pad(images[i], (3, 3, 3, 3))[:, top[i]:top[i] + 32, left[i]:left[i] + 28]
+        want = F.pad(FORTY[i], (3, 3, 3, 3))[:, top[i]:top[i] + 32, left[i]:left[i] + 28]
         assert torch.equal(got[i], want.flip(2) if mirrored[i] else want)
     assert {0, 6} <= set(top.flatten().tolist()) and 5 < mirrored.sum() < 35
 
 
 def test_cut_out():
-    x = torch.from_numpy(tiny_images(3, 40)[0])[:, :, :, :28] + 1.0
     state = torch.Generator().manual_seed(6)
-    got = data.cut_out(x, torch.Generator().manual_seed(6), 8)
-    y, z = torch.randint(32, (40,), generator=state), torch.randint(28, (40,), generator=state)
+    got = data.cut_out(FORTY + 1.0, torch.Generator().manual_seed(6), 8)
+    y, x = torch.randint(32, (40,), generator=state), torch.randint(28, (40,), generator=state)
     for i in range(40):
-        want = x[i].clone()
-        want[:, max(y[i] - 4, 0):y[i] + 4, max(z[i] - 4, 0):z[i] + 4] = 0
+        want = FORTY[i] + 1.0
+        want[:, max(y[i] - 4, 0):y[i] + 4, max(x[i] - 4, 0):x[i] + 4] = 0
         assert torch.equal(got[i], want)
 
 
 def numbered_batches(size=16, train=True, count=50, **how):
-    """Batches of images that are filled with their number."""
-    images = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(50, 1, 8, 8)
+    """Batches of images that are filled with their number plus 1."""
+    images = torch.arange(1, 51, dtype=torch.uint8)[:, None, None, None].expand(50, 1, 8, 8)
     how = {"crop": False, "seed": 1, "epoch": 2, **how} if train else how
     return list(data.batches(images[:count], torch.arange(count), size, train=train, mean=(0.0,),
                              std=(1 / 255,), **how))
@@ -134,103 +131,121 @@ def numbered_batches(size=16, train=True, count=50, **how):
 
 def test_batches():
     """An epoch depends on (seed, epoch) only; training drops a short batch, evaluation none."""
-    for kind in ({"crop": True, "cutout": 4}, {}):
-        for (x, y), (u, v) in zip(numbered_batches(**kind), numbered_batches(**kind)):
-            assert torch.equal(x, u) and torch.equal(y, v)
     before = torch.random.get_rng_state()
     first = numbered_batches()
-    for other in ({"epoch": 3}, {"seed": 2}, {"epoch": 1, "seed": 2}):
-        assert not torch.equal(first[0][1], numbered_batches(**other)[0][1])
-    assert torch.equal(before, torch.random.get_rng_state())  # nobody else's numbers are drawn
+    for how in ({"epoch": 3}, {"seed": 2}, {"epoch": 1, "seed": 2}):
+        assert not torch.equal(first[0][1], numbered_batches(**how)[0][1])
     for x, y in first:
-        assert torch.equal(x[:, 0, 0, 0].round().long(), y), "image and label belong together"
-    assert [len(y) for _, y in first] == [16, 16, 16]
+        assert torch.equal(x.round(), (y + 1.0)[:, None, None, None].expand_as(x))
     assert len(torch.cat([y for _, y in first]).unique()) == 48
-    assert [len(y) for _, y in numbered_batches(count=10)] == [10]  # all there is
     evaluation = numbered_batches(train=False)
     assert torch.equal(torch.cat([y for _, y in evaluation]), torch.arange(50))
+    for how, most in (({"crop": True}, 48), ({"cutout": 4}, 16)):
+        once, again = (torch.cat([x for x, _ in numbered_batches(**how)]) for _ in range(2))
+        assert torch.equal(once, again) and (once == 0).sum((1, 2, 3)).max() == most
+    assert torch.equal(before, torch.random.get_rng_state())  # nobody else's numbers are drawn
 
 
-@pytest.mark.parametrize("count, size", [(50, 16), (48, 16), (16, 16), (10, 16), (1, 1)])
-@pytest.mark.parametrize("train", [True, False])
-def test_number_of_batches(count, size, train):
-    assert len(numbered_batches(size, train, count)) == data.num_batches(count, size, train)
+@pytest.mark.parametrize("count, size, train, want", [
+    (50, 16, True, [16] * 3), (48, 16, True, [16] * 3), (16, 16, True, [16]), (10, 16, True, [10]),
+    (50, 16, False, [16] * 3 + [2]), (48, 16, False, [16] * 3), (10, 16, False, [10])])
+def test_sizes_of_batches(count, size, train, want):
+    assert [len(y) for _, y in numbered_batches(size, train, count)] == want
+    assert data.num_batches(count, size, train) == len(want)
 
 
 # ---------------------------------------------------------------- CIFAR
 
-def test_cifar_forms(blobs, tmp_path):
-    """Unpacked folder or archive, binary or Python, in data_dir or being it: the same images."""
-    def load(folder, **how):
-        return data.load("cifar10", folder, download=False, **how)
-    for archive in ("tiny.bin.gz", "tiny.py.gz"):
-        place = put(tmp_path / f"only_{archive}", **{archive: blobs[archive]})
-        assert is_tiny(load(place)) and archive in load(place).source
-    binary = put(tmp_path / "all" / "bin", **{n: blobs[f"bin/{n}"] for n in "abc"})
-    python = put(tmp_path / "all" / "py", **{n: blobs[f"py/{n}"] for n in "xyz"})
-    assert is_tiny(load(tmp_path / "all")) and "bin" in load(tmp_path / "all").source
-    python.rename(tmp_path / "renamed")
-    for place in (binary, str(tmp_path / "renamed")):
-        assert is_tiny(load(place)) and str(place) in load(place).source
-    assert is_tiny(load(binary, train_size=5), 5)
-    with refused("train_size is 9", "8"):
-        load(binary, train_size=9)
-    with refused("nowhere", "tiny.bin.gz", "--dataset shapes"):
-        load(tmp_path / "nowhere")
-    with refused("mnist", "cifar10", "shapes"):
-        data.load("mnist")
+@pytest.mark.parametrize("form, files", [("bin", BIN), ("py", PY)])
+def test_cifar_forms(tmp_path, form, files):
+    """Unpacked folder or archive, in data_dir or being it: the same images."""
+    def check(place, named, **how):
+        loaded = data.load("cifar10", place, download=False, **how)
+        assert is_tiny(loaded, *how.values()) and str(named) in loaded.source
+        return loaded.fingerprint
+    name = f"tiny.{form}.gz"
+    archive = put(tmp_path / "archive", **{name: ARCHIVES[name]})
+    whole = check(archive, archive / name)
+    folder = put(tmp_path / form, **files)
+    assert whole == check(tmp_path, folder) == check(folder, folder)
+    place = folder.rename(tmp_path / "renamed")
+    assert whole == check(str(place), place) != check(place, place, train_size=5)
+    put(place / "bin", **BIN)                                   # the binary form comes first
+    check(place, place if form == "bin" else place / "bin")
+
+
+def test_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    put(tmp_path, file=b"mine")
+    put(tmp_path / "bin", **BIN)
+    for words, name, place, how in (
+            (["train_size is 9", "8"], "cifar10", tmp_path, {"train_size": 9}),
+            (["nowhere", "tiny.bin.gz", "--dataset shapes"], "cifar10", tmp_path / "nowhere",
+             {"download": False}),
+            (["mnist", "cifar10", "shapes"], "mnist", tmp_path, {}),
+            ([tmp_path / "file", "--data_dir"], "cifar10", "~/file", {}),
+            ([tmp_path / "file", "--data_dir"], "cifar10", tmp_path / "file" / "below", {}),
+            (["~who?/x", "in full"], "cifar10", "~who?/x", {})):
+        with refused(*words) as caught:
+            data.load(name, place, **how)
+        assert "Mirrors" not in str(caught.value)
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_download(mirror, tmp_path, archive):  # noqa: F811
+    """Fetched once, verified, and found again."""
+    mirror.blobs.update(ARCHIVES)
+    addresses = [f"{mirror.address}/{how}/{archive}" for how in ("missing", "good")]
+    download.MIRRORS["cifar10"] = addresses[:1]
+    with refused("cifar10 could not be downloaded", "404", "tiny.bin.gz or tiny.py.gz", "by hand",
+                 "--dataset shapes"):
+        data.load("cifar10", tmp_path)
+    download.MIRRORS["cifar10"] = addresses
+    for _ in range(2):
+        assert is_tiny(data.load("cifar10", tmp_path))
+    assert [how for how, _ in mirror.requests] == ["missing", "missing", "good"]
+
+
+def pickled(images, labels, protocol=4):
+    return pickle.dumps({b"data": images.reshape(4, 3072), b"labels": labels}, protocol)
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("tiny.bin.gz", b"", "0 bytes"), ("tiny.bin.gz", ARCHIVES["tiny.bin.gz"][:-9], "Remove it"),
+    ("tiny.bin.gz", bytes(len(ARCHIVES["tiny.bin.gz"])), "md5"),
+    ("a", BIN["a"][:-1], f"{4 * 3073 - 1} bytes"),
+    ("a", b"\x0a" + BIN["a"][1:], "label 10 is not one of 0 to 9"),
+    ("x", PY["x"][:200], "damaged"), ("x", b"", "damaged"), ("x", pickle.dumps([1, 2]), "damaged"),
+    ("x", PY["x"].replace(b"labels", b"fables"), "damaged"),
+    ("x", as_python(IMAGES[:3], [0, 1, 2]), "does not hold 4 images"),
+    ("x", as_python(IMAGES, [0, 1, 2]), "does not hold 4 images"),
+    ("x", pickled(IMAGES.astype(np.uint16), [0] * 4), "does not hold 4 images"),
+    ("x", pickled(IMAGES, [0.5] * 4), "does not hold 4 images")])
+def test_damaged_files(tmp_path, file, content, words):
+    """A damaged file is named, with what to do, and is left as it was."""
+    put(tmp_path, **{"a": BIN, "x": PY}.get(file, {}) | {file: content})
+    with refused(tmp_path, file, words) as caught:
+        data.load("cifar10", tmp_path)
+    assert "\n" not in str(caught.value) and (tmp_path / file).read_bytes() == content
+
+
+def test_missing_files(tmp_path):
+    put(tmp_path / "bin", a=BIN["a"], b=BIN["b"])
+    with refused(tmp_path / "bin", "lacks c"):
+        data.load("cifar10", tmp_path)
+    short = tar_gz({"bin/a": BIN["a"], "../bin/b": BIN["b"]})
+    download.FILES["tiny.bin.gz"] = (len(short), md5(short))
+    with refused("does not contain bin/b"):
+        data.load("cifar10", put(tmp_path / "archive", **{"tiny.bin.gz": short}))
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_pickle_of_today(protocol):
     """What numpy of today writes: two ways to the same array."""
-    content = {b"data": TINY[0][0].reshape(4, 3072), b"labels": [1, 2, 3, 4]}
-    images, labels = data.parse_pickle(pickle.dumps(content, protocol), "x", b"labels", 4)
-    assert (images == content[b"data"]).all() and labels.tolist() == [1, 2, 3, 4]
-
-
-def test_download(blobs, mirror, tmp_path):  # noqa: F811
-    """Fetched once, verified, and found again; a folder that cannot be written to says so."""
-    mirror.blobs.update(blobs)
-    for archive in ("tiny.bin.gz", "tiny.py.gz"):
-        download.MIRRORS["cifar10"] = [f"{mirror.address}/{how}/{archive}"
-                                       for how in ("missing", "good")]
-        for _ in range(2):
-            assert is_tiny(data.load("cifar10", tmp_path / f"for-{archive}"))
-    assert [how for how, _ in mirror.requests] == ["missing", "good"] * 2
-    download.MIRRORS["cifar10"] = [f"{mirror.address}/missing/tiny.bin.gz"]
-    with refused("cifar10 could not be downloaded", "404", "tiny.bin.gz or tiny.py.gz", "by hand",
-                 "--dataset shapes"):
-        data.load("cifar10", tmp_path)
-    put(tmp_path, file=b"mine")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with refused(place, "--data_dir") as caught:
-            data.load("cifar10", place)
-        assert "Mirrors" not in str(caught.value) and (tmp_path / "file").read_bytes() == b"mine"
-
-
-def test_damaged_files(blobs, tmp_path):
-    """A damaged file is named, with what to do, and is left as it was."""
-    def check(place, file, content, *words):
-        put(place, **{file: content})
-        with refused(*words) as caught:
-            data.load("cifar10", tmp_path)
-        assert "\n" not in str(caught.value) and (place / file).read_bytes() == content
-    good = blobs["tiny.bin.gz"]
-    check(tmp_path, "tiny.bin.gz", good[:-9], tmp_path / "tiny.bin.gz", len(good) - 9, "Remove it")
-    check(tmp_path, "tiny.bin.gz", bytes([good[0] ^ 1]) + good[1:], "md5", "Remove it")
-    check(tmp_path, "tiny.bin.gz", b"", "0 bytes")
-    short = tar_gz({"bin/a": blobs["bin/a"], "../bin/b": blobs["bin/b"]})
-    download.FILES["tiny.bin.gz"] = (len(short), md5(short))
-    check(tmp_path, "tiny.bin.gz", short, "does not contain bin/b")
-    binary, a = tmp_path / "bin", blobs["bin/a"]
-    put(binary, a=a)
-    check(binary, "b", blobs["bin/b"], binary, "lacks c")
-    put(binary, c=blobs["bin/c"])
-    check(binary, "a", a[:-1], "a in " + str(binary), f"{len(a) - 1} bytes")
-    check(binary, "a", b"\x0a" + a[1:], str(binary), "label 10 is not one of 0 to 9")
-    put(binary, a=a)
-    assert is_tiny(data.load("cifar10", tmp_path))
+    images, labels = data.parse_pickle(pickled(IMAGES, [1, 2, 3, 4], protocol), "x", b"labels", 4)
+    assert (images == IMAGES.reshape(4, 3072)).all() and labels.tolist() == [1, 2, 3, 4]
 
 
 class Evil:
@@ -241,93 +256,75 @@ class Evil:
         return self.call
 
 
-def test_hostile_pickle(blobs, tmp_path):
+MARK = "mark"       # what a hostile file would write
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("call", [
+    (os.system, (f"touch {MARK}",)), (exec, (f"open('{MARK}', 'w')",)), (np.load, (MARK,)),
+    (getattr, ("", "join")), (np.ndarray.tofile, (np.ones(3), MARK))])
+def test_hostile_pickle(tmp_path, monkeypatch, call, protocol):
     """Only what an array needs is called; everything else is refused before it runs."""
-    python = put(tmp_path / "py", **{n: blobs[f"py/{n}"] for n in "xyz"})
-    mark = tmp_path / "mark"
-    assert is_tiny(data.load("cifar10", tmp_path))
-    for evil in (Evil(os.system, (f"touch {mark}",)), Evil(exec, (f"open('{mark}', 'w')",)),
-                 Evil(np.load, (str(mark),)), Evil(getattr, ("", "join")),
-                 Evil(np.ndarray.tofile, (np.ones(3), str(mark)))):
-        for protocol in (0, 2, 4):
-            content = {b"data": np.zeros((4, 3072), np.uint8), b"labels": [evil] * 4}
-            put(python, x=pickle.dumps(content, protocol))
-            with refused(python, "it asks for", "x in"):
-                data.load("cifar10", tmp_path)
-    assert not mark.exists()
-    good = blobs["py/x"]
-    for blob in (pickle.dumps([1, 2]), good[:200], b"", good.replace(b"labels", b"fables"),
-                 as_python(TINY[0][0][:3], [0, 1, 2]), as_python(TINY[0][0], [0, 1, 2])):
-        put(python, x=blob)
-        with refused("x in", python, "replace it"):
-            data.load("cifar10", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "py", **PY | {"x": pickled(IMAGES, [Evil(*call)] * 4, protocol)})
+    with refused(tmp_path / "py", "it asks for", "x in"):
+        data.load("cifar10", tmp_path)
+    assert not (tmp_path / MARK).exists()
 
 
-def test_fingerprint(blobs, tmp_path):
-    """The same for each form of the same images; another where an image or a label differs."""
-    def check(**how):
-        return data.load("cifar10", tmp_path, **how).fingerprint
-    prints = []
-    for form, names in (("bin", "abc"), ("py", "xyz")):
-        place = put(tmp_path / form, **{n: blobs[f"{form}/{n}"] for n in names})
-        prints.append(data.load("cifar10", place).fingerprint)
-    assert prints[0] == prints[1] != check(train_size=5)
-    for file in "ac":
-        for at in (0, 9):                                       # a label, a pixel
-            blob = bytearray(blobs[f"bin/{file}"])
-            blob[at] = blob[at] ^ 1
-            prints.append(data.load("cifar10", put(tmp_path / "bin", **{file: blob})).fingerprint)
-        put(tmp_path / "bin", **{file: blobs[f"bin/{file}"]})
-    assert len(set(prints)) == 5
+def test_fingerprint():
+    """Another where an image or a label differs."""
+    tensors = [torch.zeros(2, dtype=torch.uint8) for _ in range(4)]
+    prints = [data.Data(*tensors, 10, (), (), source).fingerprint for source in "ab"]
+    for tensor in tensors:
+        tensor[1] += 1
+        prints.append(data.Data(*tensors, 10, (), (), "").fingerprint)
+    assert prints[0] == prints[1] and len(set(prints)) == 5
 
 
-# ---------------------------------------------------------------- Fashion-MNIST, paths
+# ---------------------------------------------------------------- Fashion-MNIST, command line
 
 def test_fashion(mirror, monkeypatch, tmp_path):  # noqa: F811
     """Four idx files, found or downloaded, verified, and of the right layout."""
     def idx(array):
         header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
         return gzip.compress(header + array.astype(np.uint8).tobytes(), 1)
+
+    def publish(blobs):
+        mirror.blobs.update(blobs)
+        for name, blob in blobs.items():
+            monkeypatch.setitem(download.FILES, name, (None, md5(blob)))
     images, labels = np.arange(5 * 784).reshape(5, 28, 28) % 251, np.arange(5) + 4
     blobs = dict(zip(data.FASHION, map(idx, (images, labels, images[:3], labels[:3]))))
-    mirror.blobs.update(blobs)
-    for name, blob in blobs.items():
-        monkeypatch.setitem(download.FILES, name, (None, md5(blob)))
+    publish(blobs)
     monkeypatch.setitem(download.MIRRORS, "fashion_mnist",
                         [f"{mirror.address}/missing/", f"{mirror.address}/good/"])
     with refused("lacks", *data.FASHION):
         data.load("fashion_mnist", tmp_path, download=False)
+    put(tmp_path / "fashion-mnist", **{data.FASHION[0]: blobs[data.FASHION[0]]})
     for place in (tmp_path, tmp_path / "fashion-mnist"):
         got = data.load("fashion_mnist", place)
         assert torch.equal(got.train_images, torch.from_numpy(images.astype(np.uint8))[:, None])
         assert got.test_labels.tolist() == [4, 5, 6] and got.test_images.shape == (3, 1, 28, 28)
-    assert len(mirror.requests) == 8
-    put(tmp_path / "fashion-mnist", **{data.FASHION[1]: blobs[data.FASHION[3]]})
-    with refused(data.FASHION[1], "Remove it"):
-        data.load("fashion_mnist", tmp_path)
-    download.FILES[data.FASHION[1]] = download.FILES[data.FASHION[3]]
-    with refused("does not fit"):
-        data.load("fashion_mnist", tmp_path)
+    assert len(mirror.requests) == 6                            # for the three that were missing
+    file = data.FASHION[1]
+    for content, words in ((idx(labels[:3]), "does not fit"), (idx(images), "not an idx file of 1"),
+                           (idx(labels + 2), "label 10 is not one of 0 to 9")):
+        put(place, **{file: content})
+        with refused(place / file, "Remove it"):
+            data.load("fashion_mnist", tmp_path)
+        publish({file: content})
+        with refused(file, words):
+            data.load("fashion_mnist", tmp_path)
 
 
-def test_home(monkeypatch, tmp_path):
-    """~ is the home folder; an unknown user's is refused."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    put(tmp_path, file=b"")
-    with refused(tmp_path / "file"):
-        data.load("cifar10", "~/file", download=False)
-    with refused("~who?/x", "in full"):
-        data.load("cifar10", "~who?/x", download=False)
-
-
-def test_command_line():
-    """`python data.py`: exit status 2 with a sentence."""
-    wrong = subprocess.run([sys.executable, Path(data.__file__), "imagenet"], capture_output=True,
-                           text=True)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and not wrong.stdout
-    assert "imagenet" in wrong.stderr and "shapes" in wrong.stderr
-
-
-if __name__ == "__main__":
-    raise SystemExit(pytest.main([__file__]))
+@pytest.mark.parametrize("name, status, words", [
+    ("imagenet", 2, "data.py: no data set is called 'imagenet'"),
+    ("shapes", 0, "shapes: 10000 training and 2000 test images of 3x32x32, 10 classes; drawn")])
+def test_command_line(monkeypatch, capsys, name, status, words):
+    monkeypatch.setattr("sys.argv", ["data.py", name])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(data.__file__, run_name="__main__")
+    assert stop.value.code == status
+    line = capsys.readouterr()[0 if status == 0 else 1]
+    assert line.startswith(words) and line.count("\n") == 1

@@ -18,15 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-from adafisher import AdaFisher, AdaFisherW
-from foof import FOOF
-from kfac import KFAC
-from mac import MAC
-from nysact import NysAct
 from optimizer import PreconditionedSGD
 from patches import pad
+from testing import OPTIMIZERS
 
-OPTIMIZERS = (MAC, NysAct, FOOF, KFAC, AdaFisher, AdaFisherW)
 FAMILIES = {
     "torchvision": """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet
         inception_v3 maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf
@@ -125,7 +120,7 @@ def loss_of(model, x, y):
     return F.cross_entropy(out, y)
 
 
-def check(library, name, optimizers=OPTIMIZERS):
+def check(library, name):
     """(share listed, layers listed, layers in all, largest error, its layer, [what went wrong])."""
     model, x, y = build(library, name)
     start = {key: value.clone() for key, value in model.state_dict().items()}
@@ -136,11 +131,10 @@ def check(library, name, optimizers=OPTIMIZERS):
     layers = len(rows.layers)
     del rows
     share = listed = 0
-    for Optimizer in optimizers:
+    for method, make in OPTIMIZERS.items():
         model.load_state_dict(start)
-        options = {} if issubclass(Optimizer, AdaFisher) else dict(tinv=1)
         try:
-            optimizer = Optimizer(model, lr=1e-3, tcov=1, **options)
+            optimizer = make(model, lr=1e-3, tcov=1, tinv=1)
             for _ in range(2):
                 optimizer.zero_grad()
                 loss_of(model, x, y).backward()
@@ -148,14 +142,14 @@ def check(library, name, optimizers=OPTIMIZERS):
             text = str(optimizer)
             with_statistics = sum(bool(s.get("updates")) for s in optimizer.state.values())
             count, percent = re.search(r"preconditioned: (\d+) weights, ([\d.]+)%", text).groups()
-            if Optimizer is FOOF:
+            if method == "foof":
                 share, listed = float(percent), int(count)
             if int(count) != with_statistics:
-                wrong.append(f"{Optimizer.__name__} lists {count}, has {with_statistics}")
+                wrong.append(f"{method} lists {count}, has {with_statistics}")
             if not all(p.isfinite().all() for p in model.parameters()):
-                wrong.append(f"{Optimizer.__name__}: not finite")
+                wrong.append(f"{method}: not finite")
         except Exception as error:
-            wrong.append(f"{Optimizer.__name__}: {type(error).__name__}: "
+            wrong.append(f"{method}: {type(error).__name__}: "
                          f"{' '.join(str(error).split())[:120]}")
         optimizer = None
     return share, listed, layers, errors.get(worst, 0.0), worst, wrong

@@ -188,7 +188,7 @@ def read_wikitext(folder, archive, file):
         return decode(members.read(name), archive), f"{name} in {archive} (checksum verified)"
 
 
-def write_grammar(paragraphs=1500):
+def write_grammar():
     """A text of invented words, 365,132 characters, the same on all machines.
 
     What there is to learn, from easy to hard: spelling; which words are frequent and which
@@ -224,7 +224,7 @@ def write_grammar(paragraphs=1500):
         return " ".join(subject + [pick(verbs) + ending] + goal) + "."
 
     lines = []
-    for _ in range(paragraphs):
+    for _ in range(1500):            # paragraphs
         hero = invent(3).capitalize()
         lines.append(" ".join(sentence(hero) for _ in range(3 + int(rng.integers(8)))))
     return "\n".join(lines) + "\n"
