@@ -29,6 +29,12 @@ class UsageError(Exception):
     """Its message is the one sentence for the user; exit status 2."""
 
 
+def tell(*words):
+    """A line on the error output, of the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*words, file=sys.stderr, flush=True)
+
+
 class Ranks(NamedTuple):
     """This process among those of the run; one alone needs no process group."""
     device: torch.device = torch.device("cpu")
