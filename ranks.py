@@ -40,6 +40,7 @@ class Ranks(NamedTuple):
     device: torch.device = torch.device("cpu")
     rank: int = 0
     world: int = 1
+    local: int = 0               # among those of this machine
     group: Any = None            # of gloo, also beside NCCL: for what the hosts tell each other
 
     def gather(self, value):
@@ -170,7 +171,7 @@ def start(device, stop):
     except (ValueError, dist.DistError) as error:
         raise UsageError(f"the {world} processes do not find each other "
                          f"({str(error).splitlines()[0]}): start them with torchrun")
-    return Ranks(found, rank, world, dist.new_group(backend="gloo"))
+    return Ranks(found, rank, world, local, dist.new_group(backend="gloo"))
 
 
 class Stop:

@@ -5,6 +5,7 @@ Everything is tiny and on generated or written text, without data or network.
 import math
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import train_lm
 from models import GPT, GPT_SIZES
 from ranks import Ranks, Stop, UsageError
 from test_run import call, checkpoint, read_log, record, refused, start_processes  # noqa: F401
-from testing import close, raises, snapshot
+from testing import close, on_ranks, raises, snapshot
 
 TINY = ("train_lm.py --dataset grammar --train_size 1500 --valid_size 100 --layers 2 --heads 2 "
         "--width 16 --context 16 --batch_size 8 --epoch 1 --warmup 5 --sample 5 --device cpu")
@@ -283,6 +284,26 @@ def test_ranks(tmp_path, start):
             close([float(row[column]) for row in b], [float(row[column]) for row in a], 1e-5)
     out, _ = call(f"{flags} --output_dir {tmp_path}/two --resume")
     assert out.count("resumed after epoch 2 of 2") == 5
+
+
+def one_copy(rank, world):
+    text = texts.load_text("grammar") if rank == 0 else None
+    text = train_lm.share(text, Ranks(rank=rank, world=world, local=rank))
+    places = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(number, 16) for number in line.split()[0].split("-"))
+        places += [line for part in text[:2] if low <= part.data_ptr() < high]
+    return text.train.clone(), text.valid.clone(), text.fingerprint, places
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells where memory is on Linux")
+def test_ranks_share_the_text():
+    """One process reads it; in the memory of all it is the same file, which is gone by then."""
+    want = texts.load_text("grammar")
+    for train, valid, fingerprint, places in on_ranks(2, one_copy):
+        assert torch.equal(train, want.train) and torch.equal(valid, want.valid)
+        assert fingerprint == want.fingerprint
+        assert [line.endswith(".npy (deleted)") for line in places] == [True] * 2, places
 
 
 @pytest.mark.parametrize("flags, words", {

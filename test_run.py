@@ -200,6 +200,7 @@ def test_kill_and_resume(tmp_path, start, line, ranks):
         kills += 1
     start(f"{line} --output_dir killed --resume", ranks).finish()
     straight.finish()
+    print(f"killed {kills} times")                     # shown by -rP
     assert len(read_log(tmp_path / "killed")) == 3 * wanted
     assert same_runs(tmp_path / "straight", tmp_path / "killed")
 

@@ -103,6 +103,8 @@ def test_warmup(unit, different):
     assert rates[50] == config["lr"] == max(rates) and min(rates) > 0
     assert ramp == sorted(ramp) and rest == sorted(rest, reverse=True)
     assert len(set(rates)) == different
+    part = [train_cifar.learning_rate(config | dict(warmup=2.5), e, 0, 10) for e in range(4)]
+    assert 0 < part[0] < part[1] < part[2] < part[3] < config["lr"]
     config["epochs"] = 3
     assert [train_cifar.learning_rate(config, e, s, 10)
             for e in range(3) for s in range(10)] == rates[:30]

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import data as datasets
 from models import CIFAR_MODELS
-from flags import (COUNT, COUNT_OR_ZERO, FRACTION, OPTIMIZER_FLAGS, POSITIVE, RECIPES,
-                   check_compiler, check_optimizers, chosen, machine_flags, make_optimizer,
-                   note_unused, parser_of, several_flags, user_path)
+from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
+                   RECIPES, check_compiler, check_optimizers, chosen, machine_flags,
+                   make_optimizer, note_unused, parser_of, several_flags, user_path)
 from ranks import UsageError, start
 from run import Run, describe, run_folders, run_script, train_all
 
@@ -182,7 +182,7 @@ FLAGS = {
         "milestones": dict(nargs="+", type=COUNT, help="epochs at which multistep multiplies the "
                            "rate by --lr_decay; without: one half and three quarters of all"),
         "lr_decay": dict(type=POSITIVE, help="factor of multistep; without: 0.1"),
-        "warmup --warmup_epochs": dict(default=0, type=COUNT_OR_ZERO, help="epochs of linear "
+        "warmup --warmup_epochs": dict(default=0, type=NOT_NEGATIVE, help="epochs of linear "
                                        "warm-up; may be more than there are"),
         "label_smoothing": dict(default=0.0, type=FRACTION, help="label smoothing"),
         "cutout": dict(type=COUNT_OR_ZERO, help="side in pixels of a square cut out of every "

@@ -459,7 +459,7 @@ FLAGS = {
                                 "global batch × steps / epochs")},
     "images": {
         "auto_augment --aa": dict(
-            type=str.lower, help="ta_wide, or RandAugment as in rand-m9-mstd0.5-inc1; needs Pillow"),
+            type=str.lower, help="ta_wide, or RandAugment as rand-m9-mstd0.5-inc1; needs Pillow"),
         "random_erase --reprob": dict(
             default=0.0, type=PROBABILITY, help="share of images that lose a box"),
         "remode": dict(choices=("const", "rand", "pixel"),

@@ -37,6 +37,7 @@ import math
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -337,8 +338,8 @@ def check(args, ranks):
                          "(--accumulate)")
 
 
-def load(args, device):
-    """The text, on the device, and long enough for the command."""
+def load(args):
+    """The text, long enough for the command."""
     text = texts.load_text(args.dataset if args.text is None else Path(args.text), args.data_dir,
                            args.train_file, args.valid_file, args.train_size, args.valid_size)
     context = args.context or GPT_SIZES[args.model]["context"]
@@ -352,22 +353,41 @@ def load(args, device):
                          "are needed")
     print(f"{text_name(args)} ({text.source}): {len(text.train):,} training and "
           f"{len(text.valid):,} validation {text.unit}s, {len(text.vocabulary):,} different ones")
-    return text._replace(train=text.train.to(device), valid=text.valid.to(device))
+    for optim in args.optim[1:]:     # what is wrong with the second is said before the first trains
+        build(resolve(args, optim, args.seed[0], text), torch.device("cpu"))
+    return text
+
+
+def share(text, ranks):
+    """The text that the first process of each machine has; all of a machine map one copy of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = dict(train=f"{folder}/train.npy", valid=f"{folder}/valid.npy")
+
+        def write_files():
+            if text is not None:
+                for name, file in files.items():
+                    np.save(file, getattr(text, name).numpy())
+                return text._replace(**files)
+        theirs = ranks.gather(ranks.together(write_files))[ranks.rank - ranks.local]
+
+        def map_files():
+            return {name: torch.from_numpy(np.load(getattr(theirs, name), mmap_mode="c"))
+                    for name in files}
+        return theirs._replace(**ranks.together(map_files))      # then the files may go
 
 
 def prepare(args, ranks):
     """Everything that can be wrong with a command: the runs' folders, and the text."""
     check(args, ranks)
-    folders, text = run_folders(args, text_name(args)), load(args, ranks.device)
-    for optim in args.optim[1:]:     # what is wrong with the second is said before the first trains
-        build(resolve(args, optim, args.seed[0], text), torch.device("cpu"))
-    return folders, text
+    return run_folders(args, text_name(args)), load(args) if ranks.local == 0 else None
 
 
 def run_all(args, stop):
     """One run after another; ends with the table and the record."""
     ranks = start(args.device, stop)
     folders, text = ranks.together(lambda: prepare(args, ranks))
+    text = share(text, ranks) if ranks.world > 1 else text
+    text = text._replace(train=text.train.to(ranks.device), valid=text.valid.to(ranks.device))
     ranks.agree(resolve(args, args.optim[0], args.seed[0], text))
     train_all(args, f"{args.model} on {text_name(args)} after epoch {args.epochs}, over all of the "
               "validation text",
