@@ -235,13 +235,6 @@ def test_sample():
 # The script
 # ---------------------------------------------------------------------------------------------
 
-def test_smoke(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out, _ = call("train_lm.py --smoke")
-    assert out.startswith(f"smoke test passed: {' '.join(train_lm.RECIPES)}"), out
-    assert not list(tmp_path.iterdir())
-
-
 def test_optimizers_and_seeds(tmp_path):
     """One folder each, one table with mean ± std, one record, one sample a run."""
     out, err = call(f"{TINY} --epoch 2 --optim sgd mac --run 0 3 --rank 3 --output_dir {tmp_path}")

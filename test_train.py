@@ -6,19 +6,11 @@ import shutil
 import pytest
 import torch
 
-import run
 import train_cifar
 from test_run import call, checkpoint, read_log, record, refused, start_processes  # noqa: F401
 
 SMALL = ("train_cifar.py --dataset shapes --train_size 256 --model lenet5 --epoch 1 "
          "--batch_size 64 --device cpu --optim mac --tinv 5")
-
-
-def test_smoke(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out, _ = call("train_cifar.py --smoke")
-    assert out.startswith(f"smoke test passed: {' '.join(run.RECIPES)}"), out
-    assert not list(tmp_path.iterdir()), "--smoke left files behind"
 
 
 def test_without_data_and_network(tmp_path, start):
@@ -158,7 +150,7 @@ def test_compile(tmp_path):
 
 
 def bench(start, tmp_path, flags):
-    start(f"bench.py --model lenet5 --csv table.csv {flags}").finish()
+    start(f"bench.py --model lenet5 --csv table.csv {flags}", launcher="").finish()
     with open(tmp_path / "table.csv", newline="") as file:
         return {row.pop("optimizer"): {name: float(text) for name, text in row.items()}
                 for row in csv.DictReader(file)}
@@ -186,4 +178,4 @@ def test_bench_launches(start, tmp_path):
 @pytest.mark.parametrize("flags", ["--repeats 0", "--model resnet",
                                    "--csv no/such/folder.csv --model lenet5 --launches"])
 def test_bench_refuses(start, flags):
-    assert len(start(f"bench.py {flags}").finish(2).splitlines()) == 1
+    assert len(start(f"bench.py {flags}", launcher="").finish(2).splitlines()) == 1
