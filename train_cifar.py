@@ -28,64 +28,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data as datasets
-from models import CIFAR_MODELS
 from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
                    RECIPES, check_compiler, check_optimizers, chosen, machine_flags,
                    make_optimizer, note_unused, parser_of, several_flags, user_path)
+from models import CIFAR_MODELS
 from ranks import UsageError, start
 from run import Run, describe, run_folders, run_script, train_all
-
-# What an optimizer's recipe sets beside it, see flags.py.
-TRAINING = dict.fromkeys(RECIPES, dict(batch_size=128, cutout=0)) | dict.fromkeys(
-    ("adafisher", "adafisherw"), dict(batch_size=256, cutout=16))
-COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds",
-           "peak_memory")
-MACHINE = ("channels_last", "compile")         # what may change when a run is resumed
-
-
-# ---------------------------------------------------------------------------------------------
-# Model, optimizer, learning rate
-# ---------------------------------------------------------------------------------------------
-
-def build(config, data):
-    """The network and its optimizer on the data's device. One seed, one initialisation."""
-    torch.manual_seed(config["seed"])
-    try:
-        model = CIFAR_MODELS[config["model"]](data.num_classes, *data.train_images.shape[1:3])
-        if config["channels_last"]:
-            model = model.to(memory_format=torch.channels_last)
-        model = model.to(data.train_images.device)
-        return model, make_optimizer(model, model.parameters(), config, RECIPES[config["optim"]])
-    except ValueError as error:  # an impossible combination, in the words of who refused it
-        raise UsageError(str(error))
-
-
-def make_forward(model, optimizer, config, device):
-    """x → logits in float32. The optimizer's hooks are on the model before this compiles it."""
-    compiled = torch.compile(model) if config["compile"] else model
-
-    def forward(x):
-        if config["channels_last"]:
-            x = x.contiguous(memory_format=torch.channels_last)
-        # the hooks of a step that feeds statistics would break the compiled graph
-        call = model if model.training and getattr(optimizer, "collecting", False) else compiled
-        with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
-            return call(x).float()
-    return forward
-
-
-def learning_rate(config, epoch, step, steps):
-    """The rate at step `step` of `steps` in `epoch`, both from 0: a function of nothing else."""
-    unit = 1.0 if config["schedule_step"] == "epoch" else 1.0 / steps
-    t = epoch + (0.0 if config["schedule_step"] == "epoch" else step / steps)
-    lr, warmup = config["lr"], config["warmup"]
-    if t < warmup:               # from the first step on more than zero, and full at t = warmup
-        return lr * (t + unit) / (warmup + unit)
-    if config["schedule"] == "cosine":
-        return lr * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (config["epochs"] - warmup)))
-    if config["schedule"] == "multistep":
-        return lr * config["lr_decay"] ** sum(t >= m for m in config["milestones"])
-    return lr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -158,8 +106,60 @@ def train(config, data, folder, args, ranks, stop):
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line
+# Model, optimizer, learning rate
 # ---------------------------------------------------------------------------------------------
+
+def build(config, data):
+    """The network and its optimizer on the data's device. One seed, one initialisation."""
+    torch.manual_seed(config["seed"])
+    try:
+        model = CIFAR_MODELS[config["model"]](data.num_classes, *data.train_images.shape[1:3])
+        if config["channels_last"]:
+            model = model.to(memory_format=torch.channels_last)
+        model = model.to(data.train_images.device)
+        return model, make_optimizer(model, model.parameters(), config, RECIPES[config["optim"]])
+    except ValueError as error:  # an impossible combination, in the words of who refused it
+        raise UsageError(str(error))
+
+
+def make_forward(model, optimizer, config, device):
+    """x → logits in float32. The optimizer's hooks are on the model before this compiles it."""
+    compiled = torch.compile(model) if config["compile"] else model
+
+    def forward(x):
+        if config["channels_last"]:
+            x = x.contiguous(memory_format=torch.channels_last)
+        # the hooks of a step that feeds statistics would break the compiled graph
+        call = model if model.training and getattr(optimizer, "collecting", False) else compiled
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
+            return call(x).float()
+    return forward
+
+
+def learning_rate(config, epoch, step, steps):
+    """The rate at step `step` of `steps` in `epoch`, both from 0: a function of nothing else."""
+    unit = 1.0 if config["schedule_step"] == "epoch" else 1.0 / steps
+    t = epoch + (0.0 if config["schedule_step"] == "epoch" else step / steps)
+    lr, warmup = config["lr"], config["warmup"]
+    if t < warmup:               # from the first step on more than zero, and full at t = warmup
+        return lr * (t + unit) / (warmup + unit)
+    if config["schedule"] == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (config["epochs"] - warmup)))
+    if config["schedule"] == "multistep":
+        return lr * config["lr_decay"] ** sum(t >= m for m in config["milestones"])
+    return lr
+
+
+# ---------------------------------------------------------------------------------------------
+# Recipes and the command line
+# ---------------------------------------------------------------------------------------------
+
+# What an optimizer's recipe sets beside it, see flags.py.
+TRAINING = dict.fromkeys(RECIPES, dict(batch_size=128, cutout=0)) | dict.fromkeys(
+    ("adafisher", "adafisherw"), dict(batch_size=256, cutout=16))
+COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds",
+           "peak_memory")
+MACHINE = ("channels_last", "compile")         # what may change when a run is resumed
 
 FLAGS = {
     "what is trained": {

@@ -57,66 +57,124 @@ from tqdm import tqdm
 import images
 import models
 from augment import Finish, eval_transform, train_transform
-from models import IMAGENET_MODELS, load_pretrained
 from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE, SEED,
                    check_compiler, check_optimizers, chosen, machine_flags, make_optimizer,
                    note_unused, number, parser_of, user_path)
+from models import IMAGENET_MODELS, load_pretrained
 from ranks import Ranks, UsageError, start, tell
 from run import Run, check_folder, describe, print_record, read_checkpoint, run_script
 
-# What a model's family sets where a flag is not given: the defaults of the two reference scripts.
-RESNET = dict(
-    recipe="torchvision", batch_size=32, epochs=90, norm_weight_decay=None, schedule="steplr",
-    warmup=0, warmup_method="constant", warmup_decay=0.01, warmup_lr=None, label_smoothing=0.0,
-    remode="const", model_ema_decay=0.99998, model_ema_steps=32, drop_path=0.0,
-    interpolation="bilinear", train_interpolation="bilinear", color_jitter=0.0, crop_pct=None,
-    lr_min=0.0, lr_step_size=30, lr_gamma=0.1, mixup_prob=1.0, mixup_switch_prob=0.5)
-DEIT = dict(
-    RESNET, recipe="timm", batch_size=128, epochs=300, norm_weight_decay=0.0, schedule="cosine",
-    warmup=5, warmup_method="linear", warmup_decay=None, warmup_lr=1e-5, label_smoothing=0.1,
-    remode="pixel", model_ema_decay=0.9998, model_ema_steps=1, drop_path=0.0,
-    interpolation="bicubic", train_interpolation="random", color_jitter=0.4, crop_pct=0.9)
-FAMILIES = {"resnet": RESNET, "deit": DEIT, "swin": dict(DEIT, drop_path=0.1)}
 
-# Likewise what an optimizer sets, in each recipe; it takes these flags and no others. mac and
-# nysact are their authors' README lines and code (global batch 1024), kfac on transformers the
-# damping of MAC's authors; sgd is the reference scripts' (global batch 256 | 1024) and adamw DeiT's
-# (Touvron et al. 2021, table 9, batch 1024). Else foof, kfac and adafisher have no published values
-# here: foof and kfac have the two CURVATUREs in common with mac, but not its damping and stat_decay
-# for transformers, and the rest is as in train_cifar.py.
-CURVATURE = dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=2e-5,
-                 decoupled_weight_decay=True, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
-VIT_CURVATURE = dict(CURVATURE, weight_decay=1e-4, tinv=5)
-ADAMW = dict(lr=1e-3, weight_decay=0.05)
-ADAFISHER = dict(lr=1e-3, beta=0.9, weight_decay=5e-4, damping=1e-3, gamma=0.8, tcov=100,
-                 averaging="released")
-ADAFISHERW = dict(ADAFISHER, weight_decay=0.01, damping=3e-3)
-KFAC = dict(fisher="empirical", inverse="factored", weight_sharing="expand", kl_clip=1e-3)
-RECIPES = {
-    "torchvision": {
-        "sgd": dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4),
-        "adamw": ADAMW,
-        "mac": dict(CURVATURE, calibrate=False),
-        "nysact": dict(CURVATURE, decoupled_weight_decay=False, rank=50, sketch="subcolumns"),
-        "foof": CURVATURE,
-        "kfac": dict(CURVATURE, damping=0.03, **KFAC),
-        "adafisher": ADAFISHER,
-        "adafisherw": ADAFISHERW,
-    },
-    "timm": {
-        "sgd": dict(lr=0.4, momentum=0.9, nesterov=True, weight_decay=2e-5),
-        "adamw": ADAMW,
-        "mac": dict(VIT_CURVATURE, damping=3.0, stat_decay=0.99, calibrate=False),
-        "nysact": dict(VIT_CURVATURE, rank=20, sketch="subcolumns"),
-        "foof": VIT_CURVATURE,
-        "kfac": dict(VIT_CURVATURE, damping=0.3, **KFAC),
-        "adafisher": ADAFISHER,
-        "adafisherw": ADAFISHERW,
-    },
-}
-# How a run is computed, which may change between two sessions; what is computed may not.
-MACHINE = ("batch_size", "accum", "world", "channels_last", "compile", "pretrained",
-           "grad_checkpointing")
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+def train_epoch(setup, run, epoch, every):
+    """One pass over the training images, or what is left of it after a stop."""
+    config, progress, accum = setup.config, run.progress, setup.config["accum"]
+    setup.model.train()
+    setup.train.set_epoch(epoch, progress.step * accum)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = learning_rate(config, epoch)
+    micro, steps = iter(setup.train), -(-len(setup.train) // accum)
+    batches = iter(lambda: list(itertools.islice(micro, accum)), [])
+    for batch in run.steps(batches, steps, epoch, every):      # which saves and stops between two
+        train_step(setup, batch, epoch, progress)
+    setup.ranks.average_buffers(setup.model)
+
+
+def train_step(setup, batches, epoch, progress):
+    """One update from micro-batches."""
+    config, ranks, optimizer, scaler = setup.config, setup.ranks, setup.optimizer, setup.scaler
+    images = sum(len(labels) for _, labels in batches)
+    optimizer.zero_grad()
+    # the hooks of a step that feeds statistics would break the compiled graph
+    call = setup.wrapped if getattr(optimizer, "collecting", False) else setup.step_model
+    for i, (x, labels) in enumerate(batches):
+        x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
+        seed = config["seed"], epoch, ranks.rank, progress.step * config["accum"] + i
+        x, target = setup.finish(x, labels, seed)
+        last = ranks.world == 1 or i + 1 == len(batches)       # whose gradients are averaged
+        with contextlib.nullcontext() if last else setup.wrapped.no_sync():
+            logits = logits_of(setup, call, x)
+            loss = setup.finish.loss(logits, target)
+            if config.get("fisher") == "sampled":
+                optimizer.sample_fisher(logits)
+            scaler.scale(loss * (len(x) / images)).backward()
+        hits = logits.argmax(1) == (target if target.dim() == 1 else target.argmax(1))
+        progress.add(loss, len(x), hits.sum())
+    if config["clip_grad"]:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(setup.model.parameters(), config["clip_grad"])
+    scaler.step(optimizer)
+    scaler.update()
+    if setup.ema is not None:
+        setup.ema.update(setup.model, epoch, progress.step)
+
+
+@torch.no_grad()
+def evaluate(setup, model, text):
+    """(loss, top-1, top-5 in per cent) over the whole test set, each image counted once.
+
+    Ranks take images r, r + W, ... and meet in one sum at the end, so shards may differ, or be
+    empty. The model is not DDP's, and its buffers agree already.
+    """
+    model.eval()
+    ranks, classes = setup.ranks, setup.finish.num_classes
+    double = torch.float32 if ranks.device.type == "mps" else torch.float64
+
+    def share():
+        total = torch.zeros(4, dtype=double, device=ranks.device)
+        setup.test.set_epoch(0)
+        bar = tqdm(setup.test, text, leave=False, disable=ranks.rank > 0 or None)
+        for x, labels in setup.stop.between(bar):
+            x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
+            logits = logits_of(setup, model, setup.finish.eval(x))
+            hits = logits.topk(min(5, classes)).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            total += torch.stack([loss, hits[:, 0].sum(), hits.sum(),
+                                  torch.full_like(loss, len(x))])
+        return total
+    loss, top1, top5, count = ranks.total(ranks.together(share)).tolist()
+    if count != setup.test.count:
+        raise RuntimeError(f"{count:.0f} test images were counted, not {setup.test.count}")
+    return loss / count, 100 * top1 / count, 100 * top5 / count
+
+
+def train(setup, run, every):
+    """Epoch after epoch: the record of the run."""
+    config = setup.config
+    for epoch in range(len(run.rows), config["epochs"]):
+        with run.epoch(epoch) as progress:
+            train_epoch(setup, run, epoch, every)
+            loss, acc, count = progress.means()
+            row = dict(zip(("test_loss", "test_acc", "test_top5"),
+                           evaluate(setup, setup.model, "test")))
+            if setup.ema is not None:
+                row.update(zip(("ema_loss", "ema_acc", "ema_top5"),
+                               evaluate(setup, setup.ema.model, "ema")))
+        other = f"ema {row['ema_acc']:.2f}%" if setup.ema else f"top-5 {row['test_top5']:.2f}%"
+        run.add(f"train {loss:.3f} {acc:.1f}%  test {row['test_loss']:.3f} "
+                f"{row['test_acc']:.2f}% {other}", lr=learning_rate(config, epoch),
+                train_loss=loss, train_acc=acc, **row,
+                images_per_second=round(count / progress.seconds, 1),
+                data_wait=round(progress.waited / progress.seconds, 4))
+    return run.finish()
+
+
+def calibrate(setup):
+    """MAC's first layer: its covariance over one epoch of training images as the network sees them.
+
+    On the batches of epoch 0 with other draws for mixing and erasing than the training's.
+    """
+    def inputs():
+        setup.train.set_epoch(0)
+        bar = tqdm(setup.train, "calibrate", leave=False, disable=setup.ranks.rank > 0 or None)
+        for i, (x, labels) in enumerate(bar):
+            x, labels = x.to(setup.ranks.device), labels.to(setup.ranks.device)
+            seed = setup.config["seed"], setup.config["epochs"], setup.ranks.rank, i
+            yield setup.finish(x, labels, seed)[0]
+    setup.optimizer.calibrate(inputs())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -274,120 +332,62 @@ def logits_of(setup, model, x):
 
 
 # ---------------------------------------------------------------------------------------------
-# Training
+# Recipes and the command line
 # ---------------------------------------------------------------------------------------------
 
-def train_epoch(setup, run, epoch, every):
-    """One pass over the training images, or what is left of it after a stop."""
-    config, progress, accum = setup.config, run.progress, setup.config["accum"]
-    setup.model.train()
-    setup.train.set_epoch(epoch, progress.step * accum)
-    for group in setup.optimizer.param_groups:
-        group["lr"] = learning_rate(config, epoch)
-    micro, steps = iter(setup.train), -(-len(setup.train) // accum)
-    batches = iter(lambda: list(itertools.islice(micro, accum)), [])
-    for batch in run.steps(batches, steps, epoch, every):      # which saves and stops between two
-        train_step(setup, batch, epoch, progress)
-    setup.ranks.average_buffers(setup.model)
+# What a model's family sets where a flag is not given: the defaults of the two reference scripts.
+RESNET = dict(
+    recipe="torchvision", batch_size=32, epochs=90, norm_weight_decay=None, schedule="steplr",
+    warmup=0, warmup_method="constant", warmup_decay=0.01, warmup_lr=None, label_smoothing=0.0,
+    remode="const", model_ema_decay=0.99998, model_ema_steps=32, drop_path=0.0,
+    interpolation="bilinear", train_interpolation="bilinear", color_jitter=0.0, crop_pct=None,
+    lr_min=0.0, lr_step_size=30, lr_gamma=0.1, mixup_prob=1.0, mixup_switch_prob=0.5)
+DEIT = dict(
+    RESNET, recipe="timm", batch_size=128, epochs=300, norm_weight_decay=0.0, schedule="cosine",
+    warmup=5, warmup_method="linear", warmup_decay=None, warmup_lr=1e-5, label_smoothing=0.1,
+    remode="pixel", model_ema_decay=0.9998, model_ema_steps=1, drop_path=0.0,
+    interpolation="bicubic", train_interpolation="random", color_jitter=0.4, crop_pct=0.9)
+FAMILIES = {"resnet": RESNET, "deit": DEIT, "swin": dict(DEIT, drop_path=0.1)}
 
-
-def train_step(setup, batches, epoch, progress):
-    """One update from micro-batches."""
-    config, ranks, optimizer, scaler = setup.config, setup.ranks, setup.optimizer, setup.scaler
-    images = sum(len(labels) for _, labels in batches)
-    optimizer.zero_grad()
-    # the hooks of a step that feeds statistics would break the compiled graph
-    call = setup.wrapped if getattr(optimizer, "collecting", False) else setup.step_model
-    for i, (x, labels) in enumerate(batches):
-        x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
-        seed = config["seed"], epoch, ranks.rank, progress.step * config["accum"] + i
-        x, target = setup.finish(x, labels, seed)
-        last = ranks.world == 1 or i + 1 == len(batches)       # whose gradients are averaged
-        with contextlib.nullcontext() if last else setup.wrapped.no_sync():
-            logits = logits_of(setup, call, x)
-            loss = setup.finish.loss(logits, target)
-            if config.get("fisher") == "sampled":
-                optimizer.sample_fisher(logits)
-            scaler.scale(loss * (len(x) / images)).backward()
-        hits = logits.argmax(1) == (target if target.dim() == 1 else target.argmax(1))
-        progress.add(loss, len(x), hits.sum())
-    if config["clip_grad"]:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(setup.model.parameters(), config["clip_grad"])
-    scaler.step(optimizer)
-    scaler.update()
-    if setup.ema is not None:
-        setup.ema.update(setup.model, epoch, progress.step)
-
-
-@torch.no_grad()
-def evaluate(setup, model, text):
-    """(loss, top-1, top-5 in per cent) over the whole test set, each image counted once.
-
-    Ranks take images r, r + W, ... and meet in one sum at the end, so shards may differ, or be
-    empty. The model is not DDP's, and its buffers agree already.
-    """
-    model.eval()
-    ranks, classes = setup.ranks, setup.finish.num_classes
-    double = torch.float32 if ranks.device.type == "mps" else torch.float64
-
-    def share():
-        total = torch.zeros(4, dtype=double, device=ranks.device)
-        setup.test.set_epoch(0)
-        bar = tqdm(setup.test, text, leave=False, disable=ranks.rank > 0 or None)
-        for x, labels in setup.stop.between(bar):
-            x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
-            logits = logits_of(setup, model, setup.finish.eval(x))
-            hits = logits.topk(min(5, classes)).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            total += torch.stack([loss, hits[:, 0].sum(), hits.sum(),
-                                  torch.full_like(loss, len(x))])
-        return total
-    loss, top1, top5, count = ranks.total(ranks.together(share)).tolist()
-    if count != setup.test.count:
-        raise RuntimeError(f"{count:.0f} test images were counted, not {setup.test.count}")
-    return loss / count, 100 * top1 / count, 100 * top5 / count
-
-
-def train(setup, run, every):
-    """Epoch after epoch: the record of the run."""
-    config = setup.config
-    for epoch in range(len(run.rows), config["epochs"]):
-        with run.epoch(epoch) as progress:
-            train_epoch(setup, run, epoch, every)
-            loss, acc, count = progress.means()
-            row = dict(zip(("test_loss", "test_acc", "test_top5"),
-                           evaluate(setup, setup.model, "test")))
-            if setup.ema is not None:
-                row.update(zip(("ema_loss", "ema_acc", "ema_top5"),
-                               evaluate(setup, setup.ema.model, "ema")))
-        other = f"ema {row['ema_acc']:.2f}%" if setup.ema else f"top-5 {row['test_top5']:.2f}%"
-        run.add(f"train {loss:.3f} {acc:.1f}%  test {row['test_loss']:.3f} "
-                f"{row['test_acc']:.2f}% {other}", lr=learning_rate(config, epoch),
-                train_loss=loss, train_acc=acc, **row,
-                images_per_second=round(count / progress.seconds, 1),
-                data_wait=round(progress.waited / progress.seconds, 4))
-    return run.finish()
-
-
-def calibrate(setup):
-    """MAC's first layer: its covariance over one epoch of training images as the network sees them.
-
-    On the batches of epoch 0 with other draws for mixing and erasing than the training's.
-    """
-    def inputs():
-        setup.train.set_epoch(0)
-        bar = tqdm(setup.train, "calibrate", leave=False, disable=setup.ranks.rank > 0 or None)
-        for i, (x, labels) in enumerate(bar):
-            x, labels = x.to(setup.ranks.device), labels.to(setup.ranks.device)
-            seed = setup.config["seed"], setup.config["epochs"], setup.ranks.rank, i
-            yield setup.finish(x, labels, seed)[0]
-    setup.optimizer.calibrate(inputs())
-
-
-# ---------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------
+# Likewise what an optimizer sets, in each recipe; it takes these flags and no others. mac and
+# nysact are their authors' README lines and code (global batch 1024), kfac on transformers the
+# damping of MAC's authors; sgd is the reference scripts' (global batch 256 | 1024) and adamw DeiT's
+# (Touvron et al. 2021, table 9, batch 1024). Else foof, kfac and adafisher have no published values
+# here: foof and kfac have the two CURVATUREs in common with mac, but not its damping and stat_decay
+# for transformers, and the rest is as in train_cifar.py.
+CURVATURE = dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=2e-5,
+                 decoupled_weight_decay=True, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
+VIT_CURVATURE = dict(CURVATURE, weight_decay=1e-4, tinv=5)
+ADAMW = dict(lr=1e-3, weight_decay=0.05)
+ADAFISHER = dict(lr=1e-3, beta=0.9, weight_decay=5e-4, damping=1e-3, gamma=0.8, tcov=100,
+                 averaging="released")
+ADAFISHERW = dict(ADAFISHER, weight_decay=0.01, damping=3e-3)
+KFAC = dict(fisher="empirical", inverse="factored", weight_sharing="expand", kl_clip=1e-3)
+RECIPES = {
+    "torchvision": {
+        "sgd": dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4),
+        "adamw": ADAMW,
+        "mac": dict(CURVATURE, calibrate=False),
+        "nysact": dict(CURVATURE, decoupled_weight_decay=False, rank=50, sketch="subcolumns"),
+        "foof": CURVATURE,
+        "kfac": dict(CURVATURE, damping=0.03, **KFAC),
+        "adafisher": ADAFISHER,
+        "adafisherw": ADAFISHERW,
+    },
+    "timm": {
+        "sgd": dict(lr=0.4, momentum=0.9, nesterov=True, weight_decay=2e-5),
+        "adamw": ADAMW,
+        "mac": dict(VIT_CURVATURE, damping=3.0, stat_decay=0.99, calibrate=False),
+        "nysact": dict(VIT_CURVATURE, rank=20, sketch="subcolumns"),
+        "foof": VIT_CURVATURE,
+        "kfac": dict(VIT_CURVATURE, damping=0.3, **KFAC),
+        "adafisher": ADAFISHER,
+        "adafisherw": ADAFISHERW,
+    },
+}
+# How a run is computed, which may change between two sessions; what is computed may not.
+MACHINE = ("batch_size", "accum", "world", "channels_last", "compile", "pretrained",
+           "grad_checkpointing")
 
 PROBABILITY = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 PIXELS = number(int, lambda v: 1 <= v <= 2 ** 14, "a whole number from 1 to 16384")

@@ -44,99 +44,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import text as texts
-from models import GPT, GPT_SIZES
 from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
                    check_compiler, check_optimizers, chosen, machine_flags, make_optimizer,
                    parser_of, several_flags, user_path)
+from models import GPT, GPT_SIZES
 from ranks import UsageError, start
 from run import Run, describe, run_folders, run_script, train_all
-
-# A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
-# of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
-# decay of its image networks. mac: damping and periods of MAC's nanoGPT folder, decay of its other
-# Transformers. The other rates suit small networks (results/tinyshakespeare/rates.csv); none are
-# published for this task with embeddings that are learned.
-SGD = dict(lr=0.3, momentum=0.9, nesterov=False, weight_decay=1e-4, embedding_lr=1.0)
-CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
-# Embeddings take F̃ = 1, a thousandth of the step of a layer's flat directions: hence embedding_lr.
-ADAFISHER = dict(lr=1e-4, beta=0.9, gamma=0.8, tcov=100, averaging="released", damping=1e-3,
-                 weight_decay=0.1, embedding_lr=1000.0)
-RECIPES = {
-    "sgd": SGD,
-    "adam": dict(lr=1e-3, weight_decay=0.0, embedding_lr=1.0),
-    "adamw": dict(lr=1e-3, weight_decay=0.1, embedding_lr=1.0),
-    "mac": dict(CURVATURE, tinv=5),
-    "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
-    "foof": CURVATURE,
-    "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
-                 weight_sharing="expand", kl_clip=1e-3),
-    "adafisher": dict(ADAFISHER, weight_decay=5e-4),
-    "adafisherw": ADAFISHER,
-}
-MACHINE = ("accumulate", "compile")            # what may change when a run is resumed
-
-
-# ---------------------------------------------------------------------------------------------
-# Model, optimizer, learning rate
-# ---------------------------------------------------------------------------------------------
-
-def build(config, device):
-    """The network and its optimizer on the device. One seed, one initialisation."""
-    torch.manual_seed(config["seed"])
-    optim, vocabulary = config["optim"], config["vocabulary"]
-    if optim == "kfac" and not config["tied"] and vocabulary > 2 ** 13:
-        raise UsageError(f"--optim kfac with --untied would factor the head's {vocabulary}×"
-                         f"{vocabulary} matrix: leave out --untied, and the head takes the plain "
-                         "step")
-    names = ("vocabulary", "context", "layers", "heads", "width", "bias", "tied", "dropout")
-    try:
-        model = GPT(**{name: config[name] for name in names}).to(device)
-        more = dict(loss_terms="tokens") if optim == "kfac" else {}
-        return model, make_optimizer(model, parameter_groups(model, config), config,
-                                     RECIPES[optim], **more)
-    except ValueError as error:  # an impossible combination, in the words of who refused it
-        raise UsageError(str(error))
-
-
-def parameter_groups(model, config):
-    """Matrices, vectors, embeddings: decay for all but the vectors, embedding_lr for the last.
-
-    "rate" is a group's multiple of the learning rate. Decoupled decay is lr·wd a step: in the
-    embeddings' group wd is divided by the multiple, so that they shrink as the matrices do.
-    """
-    embeddings = [model.wte.weight, model.wpe.weight]
-    others = [p for p in model.parameters() if not any(p is e for e in embeddings)]
-    rate, decay = config["embedding_lr"], config["weight_decay"]
-    decoupled = config["optim"] in ("adamw", "adafisherw") or config.get("decoupled_weight_decay")
-    return [dict(params=[p for p in others if p.dim() == 2], rate=1.0),
-            dict(params=[p for p in others if p.dim() < 2], rate=1.0, weight_decay=0.0),
-            dict(params=embeddings, rate=rate, weight_decay=decay / rate if decoupled else decay)]
-
-
-def make_forward(model, optimizer, config, ranks):
-    """Tokens → logits in float32. The optimizer's hooks are on the model before this wraps it."""
-    wrapped = ranks.wrap(model)
-    compiled = torch.compile(wrapped) if config["compile"] else wrapped
-
-    def forward(x):
-        # the hooks of a step that feeds statistics would break the compiled graph
-        call = wrapped if getattr(optimizer, "collecting", False) else compiled
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config["amp"]):
-            return call(x).float()
-    forward.no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
-    return forward
-
-
-def learning_rate(config, step, steps):
-    """The rate at step `step` of `steps` in all, from 0: a function of nothing else."""
-    lr, warmup = config["lr"], config["warmup"]
-    if step < warmup:            # from the first step on more than zero, and full at step = warmup
-        return lr * (step + 1) / (warmup + 1)
-    if config["schedule"] == "constant":
-        return lr
-    low = config["min_lr"]
-    wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-    return lr * (low + (1 - low) * wave)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -246,8 +159,95 @@ def train(config, text, folder, args, ranks, stop):
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line
+# Model, optimizer, learning rate
 # ---------------------------------------------------------------------------------------------
+
+def build(config, device):
+    """The network and its optimizer on the device. One seed, one initialisation."""
+    torch.manual_seed(config["seed"])
+    optim, vocabulary = config["optim"], config["vocabulary"]
+    if optim == "kfac" and not config["tied"] and vocabulary > 2 ** 13:
+        raise UsageError(f"--optim kfac with --untied would factor the head's {vocabulary}×"
+                         f"{vocabulary} matrix: leave out --untied, and the head takes the plain "
+                         "step")
+    names = ("vocabulary", "context", "layers", "heads", "width", "bias", "tied", "dropout")
+    try:
+        model = GPT(**{name: config[name] for name in names}).to(device)
+        more = dict(loss_terms="tokens") if optim == "kfac" else {}
+        return model, make_optimizer(model, parameter_groups(model, config), config,
+                                     RECIPES[optim], **more)
+    except ValueError as error:  # an impossible combination, in the words of who refused it
+        raise UsageError(str(error))
+
+
+def parameter_groups(model, config):
+    """Matrices, vectors, embeddings: decay for all but the vectors, embedding_lr for the last.
+
+    "rate" is a group's multiple of the learning rate. Decoupled decay is lr·wd a step: in the
+    embeddings' group wd is divided by the multiple, so that they shrink as the matrices do.
+    """
+    embeddings = [model.wte.weight, model.wpe.weight]
+    others = [p for p in model.parameters() if not any(p is e for e in embeddings)]
+    rate, decay = config["embedding_lr"], config["weight_decay"]
+    decoupled = config["optim"] in ("adamw", "adafisherw") or config.get("decoupled_weight_decay")
+    return [dict(params=[p for p in others if p.dim() == 2], rate=1.0),
+            dict(params=[p for p in others if p.dim() < 2], rate=1.0, weight_decay=0.0),
+            dict(params=embeddings, rate=rate, weight_decay=decay / rate if decoupled else decay)]
+
+
+def make_forward(model, optimizer, config, ranks):
+    """Tokens → logits in float32. The optimizer's hooks are on the model before this wraps it."""
+    wrapped = ranks.wrap(model)
+    compiled = torch.compile(wrapped) if config["compile"] else wrapped
+
+    def forward(x):
+        # the hooks of a step that feeds statistics would break the compiled graph
+        call = wrapped if getattr(optimizer, "collecting", False) else compiled
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config["amp"]):
+            return call(x).float()
+    forward.no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
+    return forward
+
+
+def learning_rate(config, step, steps):
+    """The rate at step `step` of `steps` in all, from 0: a function of nothing else."""
+    lr, warmup = config["lr"], config["warmup"]
+    if step < warmup:            # from the first step on more than zero, and full at step = warmup
+        return lr * (step + 1) / (warmup + 1)
+    if config["schedule"] == "constant":
+        return lr
+    low = config["min_lr"]
+    wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return lr * (low + (1 - low) * wave)
+
+
+# ---------------------------------------------------------------------------------------------
+# Recipes and the command line
+# ---------------------------------------------------------------------------------------------
+
+# A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
+# of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
+# decay of its image networks. mac: damping and periods of MAC's nanoGPT folder, decay of its other
+# Transformers. The other rates suit small networks (results/tinyshakespeare/rates.csv); none are
+# published for this task with embeddings that are learned.
+SGD = dict(lr=0.3, momentum=0.9, nesterov=False, weight_decay=1e-4, embedding_lr=1.0)
+CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
+# Embeddings take F̃ = 1, a thousandth of the step of a layer's flat directions: hence embedding_lr.
+ADAFISHER = dict(lr=1e-4, beta=0.9, gamma=0.8, tcov=100, averaging="released", damping=1e-3,
+                 weight_decay=0.1, embedding_lr=1000.0)
+RECIPES = {
+    "sgd": SGD,
+    "adam": dict(lr=1e-3, weight_decay=0.0, embedding_lr=1.0),
+    "adamw": dict(lr=1e-3, weight_decay=0.1, embedding_lr=1.0),
+    "mac": dict(CURVATURE, tinv=5),
+    "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
+    "foof": CURVATURE,
+    "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
+                 weight_sharing="expand", kl_clip=1e-3),
+    "adafisher": dict(ADAFISHER, weight_decay=5e-4),
+    "adafisherw": ADAFISHER,
+}
+MACHINE = ("accumulate", "compile")            # what may change when a run is resumed
 
 FLAGS = {
     "what is trained": {
