@@ -170,7 +170,7 @@ FLAGS = {
         "data_dir": dict(default="data", type=user_path,
                          help="folder that holds the data, or receives them"),
         "train_size": dict(type=COUNT, help="use the first N training images"),
-        "model": dict(default="resnet20", choices=list(CIFAR_MODELS), help="%(choices)s"),
+        "model": dict(default="resnet20", choices=CIFAR_MODELS, help="%(choices)s"),
         **several_flags("mac")},
     "optimizer (who takes a flag, and the published value where it is not given)": OPTIMIZER_FLAGS,
     "training": {

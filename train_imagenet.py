@@ -403,7 +403,7 @@ FLAGS = {
                       "classes instead (without N: 4096), and test on a quarter as many"),
         "train_size": dict(type=COUNT, help="train on N of the images, taken evenly from the "
                            "sorted list and so from all classes"),
-        "model": dict(default="resnet50", choices=list(IMAGENET_MODELS), help="%(choices)s"),
+        "model": dict(default="resnet50", choices=IMAGENET_MODELS, help="%(choices)s"),
         "pretrained": dict(type=user_path, nargs="?", const="", help="begin with these weights: a "
                            "checkpoint.pt, or torchvision's or timm's file"),
         "optim --opt": dict(default="mac", choices=list(RECIPES["timm"]), help="%(choices)s"),

@@ -264,7 +264,7 @@ FLAGS = {
                            "valid.txt, and test.txt for what papers report"),
         "train_size": dict(type=COUNT, help="use the first N training tokens"),
         "valid_size": dict(type=COUNT, help="use the first N validation tokens"),
-        "model": dict(default="minigpt", choices=list(GPT_SIZES), metavar="NAME",
+        "model": dict(default="minigpt", choices=GPT_SIZES, metavar="NAME",
                       help="%(choices)s: sizes, which the next four flags change"),
         "layers": dict(type=COUNT, help="blocks"),
         "heads": dict(type=COUNT, help="heads of attention, a divisor of the width"),
