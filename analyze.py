@@ -42,16 +42,19 @@ import torch
 import data as datasets
 import mac
 import nysact
+from flags import (COUNT, OPTIMIZER_FLAGS, POSITIVE, RECIPES, SEED, Parser, number, user_path)
 from logs import METRICS, columns_of, compare_rows, group_runs, in_words, mean_std, read_logs
 from models import CIFAR_MODELS
 from probe import (attention_matrices, choose, layers_of, loss_at, output_gradients, run_ends,
                    sample, second_moments, set_up, stages, surface, train_and_watch, train_placebo,
                    trained_paths, training, watch_updates)
-from run import (COUNT, NAME, OPTIMIZER_FLAGS, POSITIVE, RECIPES, SEED, Diverged, Parser,
-                 UsageError, number, print_anything, tell, user_path, write_file)
+from ranks import UsageError, tell
+from run import Diverged, print_anything, write_file
 from spectra import (alignment, contraction, correlation, cosine_bound, gershgorin_discs, kaiser,
                      preconditioned_grams, principal_plane, signal_to_noise, spectrum,
                      symmetric_noise, top_cosine, top_eigenvalues)
+
+NAME = dict(type=str.lower, metavar="NAME")    # of a flag with many choices
 
 
 # ---------------------------------------------------------------------------------------------
@@ -846,7 +849,8 @@ def add_flags(figure, defaults):
             help = settings["help"]
             if name in defaults:
                 help = f"{help} (default for sgd {defaults[name]})"
-            group.add_argument(f"--{name}", **{**settings, "help": help})
+            metavar = getattr(settings["type"], "metavar", None)
+            group.add_argument(f"--{name}", **{"metavar": metavar, **settings, "help": help})
 
 
 def main(argv):

@@ -47,9 +47,10 @@ from tqdm import tqdm
 
 from attention import Attention
 from capture import Watcher
+from flags import COUNT, OURS, RECIPES, TORCH, Parser
 from models import CIFAR_MODELS, GPT, GPT_SIZES, IMAGENET_MODELS
 from optimizer import Preconditioner
-from run import COUNT, FILES, RECIPES, Parser, UsageError, optimizer_class
+from ranks import UsageError
 
 PARTS = ("statistics", "factorisation", "application")
 # What is timed of a step: the calls of these methods; what is left of step() is application.
@@ -113,7 +114,7 @@ def watch_all(clock, optims):
     """Let the clock see the parts of these optimizers' steps."""
     for owner, name, part in WATCHED:
         clock.watch(owner, name, part)
-    for owner in [optimizer_class(optim) for optim in optims if optim in FILES]:
+    for owner in [OURS[optim] for optim in optims if optim in OURS]:
         if hasattr(owner, "refresh"):
             clock.watch(owner, "refresh", "factorisation")
 
@@ -127,7 +128,7 @@ def make(optim, net, args, **flags):
     flags["lr"] = flags["lr"] / 10      # random labels: the loss should stay finite
     if optim == "kfac" and isinstance(net, GPT):
         flags["loss_terms"] = "tokens"
-    return optimizer_class(optim)(net if optim in FILES else net.parameters(), **flags)
+    return OURS[optim](net, **flags) if optim in OURS else TORCH[optim](net.parameters(), **flags)
 
 
 def network(name, device):

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from run import UsageError
+from ranks import UsageError
 
 METRICS = {"test_acc": "test accuracy, %", "valid_perplexity": "validation perplexity"}
 

@@ -24,12 +24,14 @@ import kfac
 from adafisher import AdaFisher
 from capture import Use
 from covariance import input_covariance, mean_eigenvalue, unpack
+from flags import RECIPES, make_optimizer
 from logs import labels
 from mac import MAC
 from models import CIFAR_MODELS, Attention
 from optimizer import running_mean
 from patches import Geometry
-from run import RECIPES, Diverged, UsageError, make_optimizer
+from ranks import UsageError
+from run import Diverged
 from spectra import Moments, top_cosine
 
 

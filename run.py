@@ -34,12 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from download import DataError
-# bench.py and analyze.py have these from here
-from flags import (COUNT, OPTIMIZER_FLAGS, OURS, POSITIVE, RECIPES, SEED, TORCH,  # noqa: F401
-                   Parser, make_optimizer, number, user_path)
 from ranks import Stop, UsageError, tell
-
-FILES, optimizer_class = OURS, (OURS | TORCH).get
 
 
 class Diverged(Exception):

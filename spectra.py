@@ -11,7 +11,7 @@ import kfac
 import mac
 import nysact
 from covariance import damped_cholesky, pack, solve_right
-from run import RECIPES
+from flags import RECIPES
 
 
 class Moments(NamedTuple):

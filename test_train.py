@@ -107,7 +107,8 @@ def test_same_seed_same_log(tmp_path):
         out, _ = call(f"{SMALL} --epoch 2 --output_dir {tmp_path}/{name} --run {seed}")
     a, b, c = (read_log(tmp_path / name) for name in "abc")
     assert a == b and a != c and [row["epoch"] for row in a] == ["1", "2"]
-    assert list(read_log(tmp_path / "a", ())[0]) == list(train_cifar.COLUMNS)
+    assert ",".join(read_log(tmp_path / "a", ())[0]) == \
+        "epoch,lr,train_loss,train_acc,test_loss,test_acc,seconds,peak_memory"
     assert record(out)["results"][0]["test_acc"] == [float(c[-1]["test_acc"])]
     assert "62,006 parameters" in out
 

@@ -157,9 +157,6 @@ def learning_rate(config, epoch, step, steps):
 # What an optimizer's recipe sets beside it, see flags.py.
 TRAINING = dict.fromkeys(RECIPES, dict(batch_size=128, cutout=0)) | dict.fromkeys(
     ("adafisher", "adafisherw"), dict(batch_size=256, cutout=16))
-# The columns of log.csv.
-COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds",
-           "peak_memory")
 MACHINE = ("channels_last", "compile")         # what may change when a run is resumed
 
 FLAGS = {
