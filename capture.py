@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
 from precision import full_precision
+from sharding import Unsharded, is_sharded
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -173,6 +174,7 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.optimizer = weakref.ref(optimizer)
         self.layers = {}                       # weight: Layer
+        self.parameter = Unsharded(nn.Module())    # that a weight in a forward pass stands for
         self.on = True                         # set by step(); constant during a forward pass
         self.local = threading.local()         # inside: watched modules being called, outer first
         self.attention = None                  # follows attention through a forward pass, for MAC
@@ -240,11 +242,11 @@ class Watcher(TorchFunctionMode):
 
     def find(self, weight):
         """(layer, its rows that this tensor holds, is it transposed?) or None."""
-        layer = self.layers.get(weight)
+        layer = self.layers.get(self.parameter(weight))
         if layer is not None:
             return (layer, slice(0, layer.out), False) if layer.active else None
         base = weight._base if isinstance(weight, torch.Tensor) else None
-        layer = self.layers.get(base)
+        layer = self.layers.get(self.parameter(base))
         if layer is None or not layer.active:
             return None
         if weight.dim() == 2 == base.dim() and weight.shape == base.shape[::-1] \
@@ -274,7 +276,7 @@ class Watcher(TorchFunctionMode):
             if kind != "linear" or rows.start % size or rows.stop % size:
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
-        if not has_bias(layer, bias, rows):
+        if not self.has_bias(layer, bias, rows):
             self.optimizer().part_with_bias(layer)
         use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks,
                   batch=getattr(self.local, "batch", None), **details)
@@ -287,6 +289,18 @@ class Watcher(TorchFunctionMode):
         else:
             use.rows = x.numel() // (x.shape[-1] if kind == "linear" else layer.weight.numel())
         return use
+
+    def has_bias(self, layer, bias, rows):
+        """Is this the layer's, or the slice of it that belongs to these rows of the weight?"""
+        if layer.bias is None:
+            return True             # whatever is added to the output takes the plain step
+        if bias is None or self.parameter(bias) is layer.bias:
+            return bias is not None and rows == layer.bias_rows == slice(0, len(bias))
+        whole = bias._base
+        return (whole is not None and self.parameter(whole) is layer.bias
+                and bias.stride() == whole.stride()
+                and bias.storage_offset() - whole.storage_offset()
+                == layer.bias_rows.start + rows.start)
 
     def record(self, found, kind, x, out, bias, **details):
         """Measure a use of a layer; its sums are pending from when it is backpropagated."""
@@ -314,8 +328,8 @@ class Watcher(TorchFunctionMode):
         if optimizer is None or optimizer.ignores_gradients or layer.d != d:   # without bias since
             return
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
-        # and so are the sums that it left.
-        if layer.weight.grad is None and layer.backward != backward:
+        # and so are the sums that it left. (A sharded weight may have its gradient elsewhere.)
+        if layer.weight.grad is None and layer.backward != backward and not is_sharded(layer.weight):
             layer.drop()
         layer.backward = backward
         for name, total in sums.items():
@@ -375,17 +389,6 @@ def watch(model, watcher, hooked):
 
 def is_exporting():
     return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
-
-
-def has_bias(layer, bias, rows):
-    """Is this the layer's bias, or the slice of it that belongs to these rows of the weight?"""
-    if layer.bias is None:
-        return True             # whatever is added to the output takes the plain step
-    if bias is layer.bias:
-        return rows == layer.bias_rows == slice(0, len(bias))
-    return (bias is not None and bias._base is layer.bias and bias.stride() == layer.bias.stride()
-            and bias.storage_offset() - layer.bias.storage_offset()
-            == layer.bias_rows.start + rows.start)
 
 
 # torch's own function without its first line, which would hand the call back to the watcher

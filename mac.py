@@ -164,6 +164,7 @@ class MAC(PreconditionedSGD):
     first = None                   # the weight of the layer of (5)
     looked = False                 # has it been looked for?
     kinds = dict.fromkeys(("linear", "projection", "conv"), "mean input")
+    row_by_row = True
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
 
