@@ -367,6 +367,7 @@ class Calibration(Watcher):
     def __init__(self, optimizer):
         super().__init__(optimizer)
         self.layers = {optimizer.first: optimizer.layers[optimizer.first]}
+        self.parameter = optimizer.watcher.parameter
 
     def sees(self, out):
         return isinstance(out, torch.Tensor) and out.numel() > 0
