@@ -17,8 +17,8 @@ def stacks(grouped):
     found = {}
     for layer, group in grouped:
         weight = layer.weight
-        shapes = layer.measured, layer.prepared, local_rows(weight)
-        kind = (weight.shape, weight.stride(), layer.transposed, repr(shapes), layer.bias is None,
+        facts = layer.measured, layer.prepared, layer.found, local_rows(weight)
+        kind = (weight.shape, weight.stride(), layer.transposed, repr(facts), layer.bias is None,
                 weight.dtype, weight.device, group["damping"])
         found.setdefault(kind, []).append(layer)
     for kind, layers in found.items():
@@ -42,7 +42,7 @@ def joined(tensors):
     return whole.to(at_least_float32(whole))
 
 
-def gradient_matrix(layers, row_by_row):
+def gradient_matrix(layers, blocks, row_by_row):
     """G = [W.grad | b.grad] of layers of one shape, one below the other: (n·out, d).
 
     The gradient of a bias that the loss lacks is 0. Of sharded weights G has the rows that are
@@ -52,7 +52,7 @@ def gradient_matrix(layers, row_by_row):
         if not is_sharded(grad):
             return grad
         gather = not row_by_row or layers[0].transposed
-        return all_rows(grad, gather) if gather or layers[0].blocks > 1 else local(grad)
+        return all_rows(grad, gather) if gather or blocks > 1 else local(grad)
     G = joined([rows(layer.weight.grad.mT if layer.transposed else layer.weight.grad)
                 for layer in layers]).flatten(1)
     if layers[0].bias is None:

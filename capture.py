@@ -45,7 +45,6 @@ class Use:
     shape: torch.Size               # of the output, and so of its gradient; 4-D of a convolution
     rows: int                       # how many rows a the weight multiplied
     blocks: slice                   # those of the layer's blocks whose rows of the weight took part
-    of: int                         # how many blocks the layer had then
     geometry: Geometry = None       # of a convolution
     norm: dict = None               # of a norm: its other arguments
     batch: int = None               # in nn.MultiheadAttention, whose rows are (positions, batch)
@@ -58,7 +57,6 @@ class Layer:
     def __init__(self, name, weight, bias, kind, blocks=1, bias_rows=None, transposed=False):
         self.name, self.weight, self.bias, self.kind = name, weight, bias, kind
         self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
-        self.own_blocks = blocks         # as the module has them; MAC may divide these
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
         # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
@@ -87,17 +85,15 @@ class Layer:
         self.calls = set()               # the pairs (call of the model, backward pass) behind them
 
     def add(self, name, total, rows, blocks=slice(None)):
-        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks.
-
-        blocks: a slice or a list of numbers.
-        """
+        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks."""
         shape = self.measured[name]
         old, counts = self.pending.get(name, (None, [0] * shape[0]))
-        if blocks != slice(None) or len(total) != shape[0]:
+        numbers = range(shape[0])[blocks]
+        if len(numbers) < shape[0] or len(total) < shape[0]:
             whole = total.new_zeros(shape)
             whole[blocks] = total
             total = whole
-        for i in range(shape[0])[blocks] if isinstance(blocks, slice) else blocks:
+        for i in numbers:
             counts[i] += rows
         self.pending[name] = total if old is None else total + old, counts
 
@@ -269,7 +265,7 @@ class Watcher(TorchFunctionMode):
     def use_of(self, found, kind, x, out, bias, **details):
         """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
         layer, rows, _ = found
-        blocks, size = slice(None), layer.out // layer.blocks
+        blocks, size = slice(0, layer.blocks), layer.out // layer.blocks
         if kind != layer.kind and (kind, layer.kind) != ("linear", "projection"):
             return self.contradict(layer, f"it is used as the weight of a {kind}")
         if rows != slice(0, layer.out):
@@ -278,7 +274,7 @@ class Watcher(TorchFunctionMode):
             blocks = slice(rows.start // size, rows.stop // size)
         if not self.has_bias(layer, bias, rows):
             self.optimizer().part_with_bias(layer)
-        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks,
+        use = Use(kind, x.detach(), out, out.shape, 0, blocks,
                   batch=getattr(self.local, "batch", None), **details)
         if kind == "conv":
             if use.geometry.groups != layer.blocks:
@@ -333,7 +329,7 @@ class Watcher(TorchFunctionMode):
             layer.drop()
         layer.backward = backward
         for name, total in sums.items():
-            layer.add(name, total, rows, optimizer.blocks_of(layer, use))
+            layer.add(name, total, rows, use.blocks)
         if optimizer.needs_gradients and use.kind != "values":
             with torch.no_grad(), full_precision(grad.device.type):
                 optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))

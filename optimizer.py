@@ -142,10 +142,6 @@ class Preconditioner(torch.optim.Optimizer):
         for name, total in self.measure_gradient(layer, use, grad).items():
             layer.add(name, total, use.rows, use.blocks)
 
-    def blocks_of(self, layer, use):
-        """The layer's blocks to which the sums of a use belong."""
-        return use.blocks
-
     # ---- the step ----
 
     @torch.compiler.disable
@@ -479,7 +475,7 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
         for layers, damping in stacks(ready):
             prepared = self.gathered(layers, layers[0].prepared)
             blocks = len(next(iter(prepared.values())))
-            G = gradient_matrix(layers, self.row_by_row)
+            G = gradient_matrix(layers, blocks // len(layers), self.row_by_row)
             G = G.unflatten(0, (blocks, len(G) // blocks))
             prepared = {name: x if x.dtype == G.dtype else x.to(G.dtype)
                         for name, x in prepared.items()}

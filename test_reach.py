@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from foof import FOOF
 from mac import MAC
@@ -74,6 +76,60 @@ def test_fully_shard(shape, parts, options):
         close(results[0][name], trained(make, data=DATA), 1e-10)
         for result in results[1:]:
             close(result[name], results[0][name], 0)
+
+
+# ---- torch.distributed.checkpoint ----
+
+def with_extra(x, y, net):
+    return F.cross_entropy(net(x, len(x)), y)          # so that no parameter is unused
+
+
+def wrapped(net, world, kind):
+    return {"one": lambda: net, "fsdp": lambda: sharded(net, world),
+            "ddp": lambda: nn.parallel.DistributedDataParallel(net)}[kind]()
+
+
+def saved_on_ranks(rank, world, kind, folder):
+    """Six steps, the state written to a folder for each optimizer after three of them."""
+    return {name: six_steps(name, rank, world, kind, folder / name, save=True)
+            for name in OPTIMIZERS}
+
+
+def restored_on_ranks(rank, world, kind, folder):
+    """The last three of six steps, with other numbers to begin with, from what was written."""
+    return {name: six_steps(name, rank, world, kind, folder / name) for name in OPTIMIZERS}
+
+
+def six_steps(name, rank, world, kind, folder, save=False):
+    net = make_net(0 if save else 1)
+    model = wrapped(net, world, kind)
+    optimizer = OPTIMIZERS[name](model)
+    for step, (x, y) in enumerate(DATA):
+        if step == 3:
+            model_state, state = get_state_dict(model, optimizer)
+            both = {"model": model_state, "optimizer": state}
+            if save:
+                checkpoint.save(both, checkpoint_id=folder)
+            else:
+                checkpoint.load(both, checkpoint_id=folder)
+                set_state_dict(model, optimizer, model_state_dict=both["model"],
+                               optim_state_dict=both["optimizer"])
+        if save or step >= 3:
+            optimizer.zero_grad()
+            with_extra(x.chunk(world)[rank], y.chunk(world)[rank], model).backward()
+            optimizer.step()
+    return whole(net, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("before, after", [
+    (("fsdp", 2), ("fsdp", 3)), (("ddp", 2), ("fsdp", 2)), (("fsdp", 3), ("one", 1))], ids=str)
+def test_distributed_checkpoint(before, after, tmp_path):
+    """Another number of ranks goes on as those that saved would have."""
+    want = on_ranks(before[1], saved_on_ranks, before[0], tmp_path)[0]
+    for result in on_ranks(after[1], restored_on_ranks, after[0], tmp_path):
+        for name in OPTIMIZERS:
+            close(result[name], want[name], 1e-10)
 
 
 if __name__ == "__main__":
