@@ -360,8 +360,8 @@ class AdaFisher(Preconditioner):
         fisher = self.fisher(group)
         some, rest = [p for p in params if p in fisher], [p for p in params if p not in fisher]
         if some:
-            torch._foreach_addcdiv_([local(p) for p in some], [moments[p] for p in some], [fisher[p] for p in some],
-                                    value=-lr)
+            torch._foreach_addcdiv_([local(p) for p in some], [moments[p] for p in some],
+                                    [fisher[p] for p in some], value=-lr)
         if rest:                                                                         # F̃ = 1
             torch._foreach_add_([local(p) for p in rest], [moments[p] for p in rest], alpha=-lr)
 

@@ -46,7 +46,7 @@ def gradient_matrix(layers, blocks, row_by_row):
     """G = [W.grad | b.grad] of layers of one shape, one below the other: (n·out, d).
 
     The gradient of a bias that the loss lacks is 0. Of sharded weights G has the rows that are
-    here, or all of them if G̃ is not made row by row; where blocks divide the rows, the others are 0.
+    here, or all of them if G̃ is not made row by row; where blocks divide the rows, 0 for others.
     """
     def rows(grad):
         if not is_sharded(grad):

@@ -325,7 +325,8 @@ class Watcher(TorchFunctionMode):
             return
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
         # and so are the sums that it left. (A sharded weight may have its gradient elsewhere.)
-        if layer.weight.grad is None and layer.backward != backward and not is_sharded(layer.weight):
+        earlier = layer.weight.grad is not None or is_sharded(layer.weight)
+        if not earlier and layer.backward != backward:
             layer.drop()
         layer.backward = backward
         for name, total in sums.items():

@@ -55,7 +55,9 @@ class Preconditioner(torch.optim.Optimizer):
         name = type(self).__name__
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name}: the first argument is the model, a torch.nn.Module, not "
-                            f"{type(model).__name__}; parameters are given as params=...")
+                            f"{type(model).__name__}; parameters are given as params=... (where a "
+                            "framework would make the optimizer, make it first and hand it over, "
+                            "as in Trainer(optimizers=(optimizer, None)))")
         if isinstance(model, nn.DataParallel):
             raise TypeError(f"{name}: nn.DataParallel runs replicas whose statistics are lost; use "
                             "DistributedDataParallel, or the module inside it on one device")
@@ -223,7 +225,7 @@ class Preconditioner(torch.optim.Optimizer):
         if found:
             self.captured = True
         elif due and not any(layer.weight in own or is_sharded(layer.weight) for layer, _ in due):
-            raise RuntimeError(f"{name}: its parameters are not the model's any more; fully_shard() "
+            raise RuntimeError(f"{name}: its parameters are the model's no more: fully_shard() "
                                f"replaces a model's parameters, so call it before {name} is made")
         elif due and not (self.captured and idle):
             raise RuntimeError(
@@ -369,7 +371,7 @@ class Preconditioner(torch.optim.Optimizer):
         reasons = {layer.weight: layer.found["plain"] for layer in self.layers.values()
                    if "plain" in layer.found}
         named = dict(self.model.named_parameters()) if self.model is not None else {}
-        given = {p for group in self.param_groups for p in group["params"]}
+        given = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
         for name, p in zip(named, map(self.watcher.parameter, named.values())):
             if p in done:
                 numbers += p.numel()

@@ -69,6 +69,7 @@ def agree(layers, merge):
     for theirs in everyone:
         if theirs.keys() != everyone[0].keys():
             raise RuntimeError("ranks train different layers, for example "
-                               f"{sorted(theirs.keys() ^ everyone[0].keys())[0]}")
+                               f"{sorted(theirs.keys() ^ everyone[0].keys())[0]}; each needs all "
+                               "of them (ZeroRedundancyOptimizer divides them: use fully_shard)")
     for layer in layers:
         merge(layer, [theirs.get(layer.name, {}) for theirs in everyone])

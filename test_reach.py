@@ -3,18 +3,20 @@
 Several processes equal one, and a restored run the uninterrupted one. What frameworks do with an
 optimizer is tried where they are installed: accelerate, lightning, transformers, peft.
 """
+import contextlib
+import io
+import logging
+
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from foof import FOOF
 from mac import MAC
-from testing import (OPTIMIZERS, close, factory, loss_of, make_data, make_net, on_ranks, raises,
-                     randn, trained, usual)
+from testing import (OPTIMIZERS, close, loss_of, make_data, make_net, on_ranks, parameters, raises,
+                     randn, snapshot, trained)
 
 DATA = make_data(6, batch=12)
 
@@ -234,6 +236,125 @@ def test_distributed_checkpoint(before, after, names, tmp_path):
     for result in on_ranks(after[1], restored_on_ranks, after[0], tmp_path, names):
         for name in names:
             close(result[name], want[name], 1e-10)
+
+
+# ---- frameworks ----
+
+HALVES = [half for x, y in DATA for half in zip(x.chunk(2), y.chunk(2))]     # micro-batches
+
+
+def batches(data):
+    return torch.utils.data.DataLoader(data, batch_size=None)
+
+
+def test_accelerate(make):
+    """Micro-batches, and steps that its wrapped optimizer takes."""
+    accelerator = pytest.importorskip("accelerate").Accelerator(
+        cpu=True, gradient_accumulation_steps=2)
+    net = make_net()
+    optimizer = make(net)
+    model, wrapper, loader = accelerator.prepare(net, optimizer, batches(HALVES))
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, x, y))
+            wrapper.step()
+            wrapper.zero_grad()
+    close(snapshot(net, optimizer), trained(make, data=DATA), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("called", ("self", "self.net"))
+def test_lightning(make, called):
+    """training_step() calls a part of what the optimizer was given; step() takes a closure."""
+    lightning = pytest.importorskip("lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, number):
+            return loss_of(self if called == "self" else self.net, *batch)
+
+        def configure_optimizers(self):
+            return make(self)
+    module = Module()
+    lightning.Trainer(
+        max_epochs=1, accumulate_grad_batches=2, accelerator="cpu", precision="64-true",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False).fit(module, batches(HALVES))
+    close(snapshot(module.net, module.optimizers().optimizer), trained(make, data=DATA), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_trainer(make, tmp_path):
+    """A Trainer's resumed run equals the uninterrupted one; it cannot make the optimizer."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=30, num_labels=3, hidden_dropout_prob=0.0)
+    rows = [dict(input_ids=torch.randint(30, (7,)), labels=torch.tensor(i % 3)) for i in range(24)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), use_cpu=True, per_device_train_batch_size=4, num_train_epochs=1,
+        report_to=[], disable_tqdm=True, save_steps=3, logging_strategy="no")
+    ends = []
+    for resumed in (None, str(tmp_path / "checkpoint-3")):
+        net = transformers.BertForSequenceClassification(config)
+        optimizer = make(net)
+        with contextlib.redirect_stdout(io.StringIO()):
+            transformers.Trainer(net, arguments, train_dataset=rows, optimizers=(
+                optimizer, None)).train(resume_from_checkpoint=resumed)
+        ends.append(snapshot(net, optimizer))
+    close(ends[1], ends[0], 0)
+    assert ends[0]["bert.encoder.layer.0.output.dense.weight: updates"] == 3
+    raises(TypeError, ["not list", "optimizers="], transformers.Trainer(
+        net, arguments, train_dataset=rows,
+        optimizer_cls_and_kwargs=(make.Optimizer, {"lr": 0.1})).create_optimizer)
+
+
+def test_peft(make):
+    """LoRA: frozen weights have no state, no sums and no line among those that take a step."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16, bos_token_id=0,
+        eos_token_id=0))
+    net = peft.get_peft_model(net, peft.LoraConfig(
+        target_modules=["c_attn"], r=4, fan_in_fan_out=True))
+    optimizer, before = make(net), parameters(net)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x = torch.randint(50, (2, 8))
+        net(input_ids=x, labels=x).loss.backward()
+        assert not any(layer.pending for layer in optimizer.layers.values() if not layer.active)
+        optimizer.step()
+    trainable = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {name for name, p in parameters(net).items()
+            if not torch.equal(p, before[name])} == trainable and len(trainable) == 4
+    assert optimizer.state.keys() == {p for p in net.parameters() if p.requires_grad}
+    assert "preconditioned: 4 weights, 100.0% of all numbers" in str(optimizer)
+    assert str(optimizer).endswith("plain step: nothing else")
+
+
+def zero_redundancy(rank, world):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    ddp = nn.parallel.DistributedDataParallel(make_net(), find_unused_parameters=True)
+    raises(TypeError, ["the first argument is the model"],
+           lambda: ZeroRedundancyOptimizer(ddp.parameters(), MAC, lr=0.1))
+    optimizer = ZeroRedundancyOptimizer(
+        ddp.parameters(), lambda groups, **options: MAC(ddp, params=groups, **options), lr=0.1)
+    loss_of(ddp, *DATA[0]).backward()
+    raises(RuntimeError, ["ZeroRedundancyOptimizer", "fully_shard"], optimizer.step)
+
+
+def test_zero_redundancy_optimizer():
+    on_ranks(2, zero_redundancy)
 
 
 if __name__ == "__main__":
