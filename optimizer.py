@@ -61,6 +61,9 @@ class Preconditioner(torch.optim.Optimizer):
         if isinstance(model, nn.DataParallel):
             raise TypeError(f"{name}: nn.DataParallel runs replicas whose statistics are lost; use "
                             "DistributedDataParallel, or the module inside it on one device")
+        if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+            raise TypeError(f"{name}: FullyShardedDataParallel flattens weights, which leaves no "
+                            "rows of them; use torch.distributed.fsdp.fully_shard")
         self.model, self.steps, self.captured, self.hooked = model, 0, False, {}
         self.watcher = Watcher(self)
         weakref.finalize(self, remove_hooks, self.hooked).atexit = False

@@ -19,6 +19,8 @@ from testing import (OPTIMIZERS, close, loss_of, make_data, make_net, on_ranks, 
                      randn, snapshot, trained)
 
 DATA = make_data(6, batch=12)
+on_cpus = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
+                             reason="fully_shard of this torch needs GPUs")
 
 
 # ---- fully_shard ----
@@ -66,6 +68,7 @@ def under_fully_shard(rank, world, shape, parts, options):
     return found
 
 
+@on_cpus
 @pytest.mark.parametrize("shape, parts, options", [
     ((2,), 1, {}), ((3,), 1, {}), ((2, 2), 1, {}), ((2,), 3, {"reshard_after_forward": False})],
     ids=("two", "three", "hybrid", "accumulated"))
@@ -131,6 +134,7 @@ def others_on_ranks(rank, world):
     return found
 
 
+@on_cpus
 def test_fully_shard_others():
     """What cannot be cut into outputs is gathered, or takes the plain step; MAC calibrated."""
     want, result = others_on_ranks(0, 1), on_ranks(2, others_on_ranks)[1]
@@ -152,8 +156,11 @@ def refused_on_ranks(rank, world):
     with torch.no_grad():
         net(x)                                      # leaves the root's parameters whole
     assert str(optimizer) == listed
+    older = torch.distributed.fsdp.FullyShardedDataParallel(make_net(), device_id="cpu")
+    raises(TypeError, ["fully_shard"], lambda: MAC(older))
 
 
+@on_cpus
 def test_fully_shard_after_the_optimizer():
     on_ranks(2, refused_on_ranks)
 
@@ -172,6 +179,7 @@ def in_bfloat16(rank, world):
     return found
 
 
+@on_cpus
 def test_fully_shard_in_bfloat16():
     """Statistics of bfloat16 inputs and gradients, in float32; micro-batches add up in float32."""
     result = on_ranks(2, in_bfloat16)[0]
@@ -226,6 +234,7 @@ def six_steps(name, rank, world, kind, folder, save=False):
     return whole(net, optimizer)
 
 
+@on_cpus
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("before, after, names", [
     (("fsdp", 2), ("fsdp", 3), (*OPTIMIZERS,)), (("ddp", 2), ("fsdp", 2), ("mac", "adafisher")),
