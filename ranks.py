@@ -29,11 +29,18 @@ class UsageError(Exception):
     """Its message is the one sentence for the user; exit status 2."""
 
 
+def tell(*words):
+    """A line on the error output, of the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*words, file=sys.stderr, flush=True)
+
+
 class Ranks(NamedTuple):
     """This process among those of the run; one alone needs no process group."""
     device: torch.device = torch.device("cpu")
     rank: int = 0
     world: int = 1
+    local: int = 0               # among those of this machine
     group: Any = None            # of gloo, also beside NCCL: for what the hosts tell each other
 
     def gather(self, value):
@@ -164,7 +171,7 @@ def start(device, stop):
     except (ValueError, dist.DistError) as error:
         raise UsageError(f"the {world} processes do not find each other "
                          f"({str(error).splitlines()[0]}): start them with torchrun")
-    return Ranks(found, rank, world, dist.new_group(backend="gloo"))
+    return Ranks(found, rank, world, local, dist.new_group(backend="gloo"))
 
 
 class Stop:

@@ -1,26 +1,24 @@
-"""What a run is, whatever it trains: its flags, its folder, its end, and what is left afterwards.
+"""What a run is, whatever it trains: its folder, its epochs, its end, and what a person sees of it.
 
-A script says what is trained and how; all of them share this:
+    run = Run(folder, config, parts, args, ranks, stop)        # begun, or restored from the folder
+    for epoch in range(len(run.rows), config["epochs"]):
+        with run.epoch(epoch) as progress:                     # saves whatever ends it
+            for batch in run.steps(batches, steps, epoch):     # saves and stops between two of them
+                ...
+                progress.add(loss, len(batch))
+        run.add(text, lr=lr, ...)                              # a row of log.csv, a checkpoint
+    record = run.finish()
 
-    flags       types, those in common, and the optimizers' with their published values
-    folder      one process owns it; config.json, log.csv, checkpoint.pt, record.json
-    epoch       between any two steps a run can be stopped, saved and continued to the same bits
-    end         one sentence and an exit status, a record, a table
-
-Files are written whole or not at all. A step's random numbers come from (seed, epoch, step, rank),
-so a checkpoint needs no generator's state.
+One process owns a folder; in it are config.json, log.csv, checkpoint.pt and record.json, each
+written whole or not at all. A step's random numbers come from (seed, epoch, step, rank), so a
+checkpoint needs no generator's state, and a resumed run takes the very steps of one that went on.
 """
-import argparse
 import contextlib
-import importlib
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-import shlex
-import shutil
 import signal
 import statistics
 import sys
@@ -35,274 +33,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from download import DataError, expand
-from ranks import Stop, UsageError
+from download import DataError
+# bench.py and analyze.py have these from here
+from flags import (COUNT, OPTIMIZER_FLAGS, OURS, POSITIVE, RECIPES, SEED, TORCH,  # noqa: F401
+                   Parser, make_optimizer, number, user_path)
+from ranks import Stop, UsageError, tell
 
-# The published recipes for small images: a flag that is not given takes the value of its
-# optimizer's row, and an optimizer takes the flags of its row and no others. mac and nysact are the
-# README lines of their authors; the baselines and foof, kfac are the scripts in MAC's history;
-# adafisher its paper.
-SGD = dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=5e-4)
-CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
-ADAFISHER = dict(lr=1e-3, beta=0.9, gamma=0.8, tcov=100, averaging="released")
-RECIPES = {
-    "sgd": SGD,
-    "adam": dict(lr=1e-3, weight_decay=5e-4),
-    "adamw": dict(lr=1e-3, weight_decay=0.5),
-    "mac": dict(CURVATURE, calibrate=False),
-    "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
-    "foof": CURVATURE,
-    "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
-                 weight_sharing="expand", kl_clip=1e-3),
-    "adafisher": dict(ADAFISHER, weight_decay=5e-4, damping=1e-3),
-    "adafisherw": dict(ADAFISHER, weight_decay=0.01, damping=3e-3),
-}
-# A class of torch.optim, or of a file of this folder, imported when its optimizer is asked for.
-CLASSES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "mac": "MAC", "nysact": "NysAct",
-           "foof": "FOOF", "kfac": "KFAC", "adafisher": "AdaFisher", "adafisherw": "AdaFisherW"}
-FILES = {"mac": "mac", "nysact": "nysact", "foof": "foof", "kfac": "kfac",
-         "adafisher": "adafisher", "adafisherw": "adafisher"}
+FILES, optimizer_class = OURS, (OURS | TORCH).get
 
 
 class Diverged(Exception):
     """Its message is the one sentence for the user; exit status 1."""
-
-
-# ---------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------
-
-LARGEST = {int: 10 ** 15, float: 1e30}         # beyond these int64 and float32 overflow
-
-
-def number(kind, rule, words):
-    """An argparse type: a number for which rule holds, described by words in the error."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (rule(value) and value <= LARGEST[kind]):     # neither holds for nan
-            raise argparse.ArgumentTypeError(
-                f"'{text}' is not {words}, at most {LARGEST[kind]:.0e}")
-        return value
-    return parse
-
-
-POSITIVE = number(float, lambda v: v > 0, "a positive number")
-NOT_NEGATIVE = number(float, lambda v: v >= 0, "a number from 0 on")
-FRACTION = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
-COUNT = number(int, lambda v: v >= 1, "a whole number from 1 on")
-COUNT_OR_ZERO = number(int, lambda v: v >= 0, "a whole number from 0 on")
-SEED = number(int, lambda v: 0 <= v < 2 ** 31, "a whole number from 0 to 2147483647")
-
-
-def user_path(text):
-    """An argparse type: a path, with ~ and ~user expanded."""
-    try:
-        return expand(text)
-    except DataError as error:
-        raise argparse.ArgumentTypeError(str(error).rstrip("."))
-
-
-def truth(text):
-    """An argparse type: yes or no."""
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-    return words[text.lower()]
-
-
-def no_value(text):
-    """An argparse type for a flag that other scripts give a file."""
-    raise argparse.ArgumentTypeError(
-        f"it takes no value, and was given '{text}': repeat the run's own flags, of which "
-        "--output_dir names the folder that holds its checkpoint.pt")
-
-
-def device_name(text):
-    """An argparse type: auto, cpu, mps, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text.lower()):
-        raise argparse.ArgumentTypeError(f"'{text}' is not one of auto, cpu, mps, cuda, cuda:N")
-    return text.lower()
-
-
-# Ready-made arguments of flag().
-SWITCH = dict(type=truth, nargs="?", const=True, metavar="BOOL")
-NAME = dict(type=str.lower, metavar="NAME")    # of one among choices
-WORD = dict(type=str.lower)
-
-
-class Parser(argparse.ArgumentParser):
-    """Whose flags may be spelled with - or _, and whose error is one sentence."""
-
-    def parse_args(self, args=None, namespace=None):
-        given = sys.argv[1:] if args is None else args
-        args = super().parse_args(
-            [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg)
-             for arg in given], namespace)
-        args.command = shlex.join(given)
-        for name in ("optim", "seed"):
-            if isinstance(vars(args).get(name), list):
-                setattr(args, name, list(dict.fromkeys(vars(args)[name])))
-        return args
-
-    def error(self, message):    # argparse would print all flags first
-        raise UsageError(f"{message} (--help lists the flags)")
-
-
-def parser_of(script, manual, more=""):
-    return Parser(description=manual, usage=f"python {script} [flags]", allow_abbrev=False,
-                  formatter_class=argparse.RawDescriptionHelpFormatter,
-                  epilog="- and _ are the same in the names of flags, small and capital letters in "
-                  "their words; of a flag given twice the last value counts. A switch takes true "
-                  "or false, and means true alone." + more)
-
-
-def flag(group, name, *alias, help, default=None, **kwargs):
-    """Add a flag, with its default in its help text."""
-    if default not in (None, False):
-        values = default if isinstance(default, list) else [default]
-        help += " (default " + " ".join(f"{v:.3g}" if v != str(v) else v for v in values) + ")"
-    group.add_argument(f"--{name}", *alias, dest=name, default=default, help=help, **kwargs)
-
-
-def published(name, *recipes):
-    """What optimizers take where a flag is not given: '0.1 for sgd, mac; 0.001 for adam'."""
-    takers = {}
-    for optim in recipes[0]:
-        if name in recipes[0][optim]:
-            values = dict.fromkeys(str(recipe[optim][name]) for recipe in recipes)
-            takers.setdefault(" | ".join(values), []).append(optim)
-    return "; ".join(f"{value} for {', '.join(optims)}" for value, optims in takers.items())
-
-
-OPTIMIZER_FLAGS = {
-    "lr": dict(type=POSITIVE, metavar="X", help="learning rate, at any batch size"),
-    "momentum": dict(type=FRACTION, metavar="X", help="momentum"),
-    "nesterov": dict(SWITCH, help="Nesterov's momentum"),
-    "weight_decay": dict(type=NOT_NEGATIVE, metavar="X",
-                         help="L2 penalty; in adamw and adafisherw decoupled"),
-    "decoupled_weight_decay": dict(
-        SWITCH, help="shrink the weights directly, not by way of the gradient"),
-    "damping": dict(type=POSITIVE, metavar="X",
-                    help="what is added to the curvature; large means SGD"),
-    "stat_decay": dict(type=FRACTION, metavar="X", help="weight of the past in the averages"),
-    "tcov": dict(type=COUNT, metavar="N", help="steps between updates of the statistics"),
-    "tinv": dict(type=COUNT, metavar="N", help="steps between updates of what is applied"),
-    "calibrate": dict(
-        SWITCH, help="fix the first layer's covariance by one pass over the data before training, "
-        "as published, in place of the average during training"),
-    "rank": dict(type=COUNT, metavar="N", help="columns of the sketch"),
-    "sketch": dict(WORD, choices=("gaussian", "subcolumns"), help="kind of the sketch"),
-    "fisher": dict(WORD, choices=("empirical", "sampled"),
-                   help="from the true labels, or from labels sampled from the model"),
-    "inverse": dict(
-        WORD, choices=("factored", "eigen"),
-        help="damp each factor, or the Kronecker product exactly in its eigenbasis"),
-    "weight_sharing": dict(
-        WORD, choices=("expand", "reduce"),
-        help="positions of a map, or tokens, count as samples, or are averaged first"),
-    "kl_clip": dict(type=POSITIVE, metavar="X",
-                    help="bound on the change of the output by a step; a large one is none"),
-    "beta": dict(type=FRACTION, metavar="X", help="decay of the first moment"),
-    "gamma": dict(type=FRACTION, metavar="X", help="weight of the past in the factors"),
-    "averaging": dict(
-        WORD, choices=("released", "printed"),
-        help="of the factors: as the released code does, or by the paper's equations"),
-}
-
-
-def add_optimizer_flags(group, *recipes, **alias):
-    """The flags that occur in the recipes; alias: other names of some."""
-    for name, settings in OPTIMIZER_FLAGS.items():
-        values = published(name, *recipes)
-        if values:
-            flag(group, name, *alias.get(name, ()),
-                 **{**settings, "help": f"{settings['help']} ({values})"})
-
-
-def add_several_flags(group, optim):
-    """The flags that may be given several values, for as many runs."""
-    flag(group, "optim", "--opt", default=[optim], nargs="+", choices=list(RECIPES), **NAME,
-         help="one or several of %(choices)s; several run one after another on the same data, and "
-         "a flag that is given holds for all of them")
-    flag(group, "seed", "--run", default=[0], nargs="+", type=SEED, metavar="SEED",
-         help="of everything random; several give mean ± std at the end")
-
-
-def add_machine_flags(group, place):
-    """What every script can be told about the machine and the files. place: the default folder."""
-    flag(group, "device", default="auto", type=device_name, metavar="DEVICE",
-         help="auto takes a GPU where there is one, cuda:1 the second; under torchrun each process "
-         "takes its own")
-    flag(group, "amp", default=False, **SWITCH, help="autocast, to bfloat16 unless told otherwise")
-    flag(group, "compile", default=False, **SWITCH, help="torch.compile the model")
-    flag(group, "output_dir", "--output", type=user_path, metavar="DIR",
-         help="folder of the run, and where there are several of a subfolder for each optimizer "
-         f"and seed; without: {place}. Of its log.csv accuracies are in per cent, losses in nats, "
-         "seconds those of the training pass, and peak_memory is in MiB: of the GPU in this run, "
-         "or without a GPU of the process so far")
-    flag(group, "resume", default=False, nargs="?", const=True, type=no_value, metavar="",
-         help="continue the run of the same command, or start it if it has not begun")
-    flag(group, "checkpoint_minutes", default=10.0, type=NOT_NEGATIVE, metavar="X",
-         help="save at least so often, also within an epoch")
-    flag(group, "smoke", default=False, action="store_true",
-         help="try everything for a few steps; other flags have no effect")
-
-
-def tell(*words):
-    """A line on the error output, of the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*words, file=sys.stderr, flush=True)
-
-
-def note_unused(names, where):
-    if names:
-        tell("note: no use for", *(f"--{name}" for name in sorted(names)), "in", where)
-
-
-def check_optimizers(args, optims, recipes):
-    """Refuse optimizers whose file is not there, and note flags that none of them takes."""
-    for optim in optims:
-        optimizer_class(optim)
-    given = {name for recipe in recipes.values() for name in recipe
-             if getattr(args, name) is not None}
-    note_unused(given - {name for optim in optims for name in recipes[optim]}, " ".join(optims))
-
-
-def check_compiler(args, device):
-    if args.compile and device.type == "cpu" and not os.environ.get("CXX") \
-            and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        raise UsageError("--compile needs a C++ compiler on the CPU, and none was found")
-
-
-# ---------------------------------------------------------------------------------------------
-# The optimizer
-# ---------------------------------------------------------------------------------------------
-
-def optimizer_class(optim):
-    if optim not in FILES:
-        return getattr(torch.optim, CLASSES[optim])
-    if importlib.util.find_spec(FILES[optim]) is None:
-        raise UsageError(f"--optim {optim} needs {FILES[optim]}.py beside this script")
-    return getattr(importlib.import_module(FILES[optim]), CLASSES[optim])
-
-
-def make_optimizer(model, groups, config, recipe, **more):
-    """The optimizer of config on groups of parameters; recipe: the flags that it takes."""
-    optim = config["optim"]
-    flags = {name: config[name] for name in recipe if name not in ("calibrate", "embedding_lr")}
-    if optim == "nysact":
-        more["seed"] = config["seed"]          # its sketch is drawn at random
-    if optim in FILES:
-        return optimizer_class(optim)(model, params=groups, **flags, **more)
-    return optimizer_class(optim)(groups, **flags)
-
-
-def state_bytes(optimizer):
-    return sum(v.nbytes for state in optimizer.state.values() for v in state.values()
-               if torch.is_tensor(v))
 
 
 def seed_of(*numbers):
@@ -408,32 +149,28 @@ class Progress:
     def __init__(self, ranks, saved=None):
         double = torch.float32 if ranks.device.type == "mps" else torch.float64
         self.ranks, self.step, self.seconds, self.waited = ranks, 0, 0.0, 0.0
-        self.count, self.sums = 0, torch.zeros(2, dtype=double, device=ranks.device)
-        if saved is not None:
-            self.step, self.seconds, self.waited = (
-                saved[name] for name in ("step", "seconds", "waited"))
-            sums = torch.tensor(saved["sums"], dtype=torch.float64)
-            if len(sums) == ranks.world:
-                sums = sums[ranks.rank]
-            else:                # other ranks than then: the first takes it all
-                sums = sums.sum(0) * (ranks.rank == 0)
-            self.sums.copy_(sums[:2])
-            self.count = int(sums[2])
+        self.sums = torch.zeros(3, dtype=double, device=ranks.device)      # loss, hits, samples
+        if saved:
+            self.step, self.seconds, self.waited = saved["step"], saved["seconds"], saved["waited"]
+            sums = saved["sums"]
+            if len(sums) != ranks.world:       # other ranks than then: the first takes it all
+                sums = [list(map(sum, zip(*sums)))] + [[0.0] * 3] * (ranks.world - 1)
+            self.sums.copy_(torch.tensor(sums[ranks.rank], dtype=torch.float64))
 
     def add(self, loss, count, hits=0):
         """Count in the mean loss and the hits of so many samples; nothing is read from a GPU."""
-        self.sums += torch.stack([loss.detach() * count, torch.as_tensor(hits).to(loss)])
-        self.count += count
+        loss = loss.detach()
+        self.sums += torch.stack([loss * count, torch.as_tensor(hits).to(loss),
+                                  torch.full_like(loss, count)])
 
     def saved(self):
         """For a checkpoint, with the sums of all ranks."""
-        sums = self.ranks.gather([*self.sums.tolist(), self.count])
-        return dict(step=self.step, seconds=self.seconds, waited=self.waited, sums=sums)
+        return dict(step=self.step, seconds=self.seconds, waited=self.waited,
+                    sums=self.ranks.gather(self.sums.tolist()))
 
     def means(self):
         """Over all ranks: loss, hits in per cent, samples. Makes the hosts wait for the GPUs."""
-        count = self.sums.new_tensor([self.count])
-        loss, hits, count = self.ranks.total(torch.cat([self.sums, count])).tolist()
+        loss, hits, count = self.ranks.total(self.sums).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError("the training loss is not finite")
         some = max(count, 1)     # none, if a run is saved before its first step
@@ -447,49 +184,51 @@ class Run:
     """One run in its folder: what it has done so far, and all that can end or continue it.
 
     config: all that decides the run, with model, optim, seed, epochs and data, a fingerprint.
-    parts: {name in the checkpoint: what has state_dict and load_state_dict}. columns: of log.csv.
-    machine: names in config that may change between two sessions, since what is computed does not
-    depend on them. All ranks call each method together.
+    parts: {name in the checkpoint: what has state_dict and load_state_dict}. machine: names in
+    config that may change between two sessions, since what is computed does not depend on them.
+    All ranks call each method together. rows: those of log.csv, one for each finished epoch.
     """
 
-    def __init__(self, folder, config, parts, columns, ranks, stop, minutes, machine=()):
-        self.folder, self.config, self.parts, self.columns = folder, config, parts, columns
-        self.ranks, self.stop, self.minutes, self.machine = ranks, stop, minutes, machine
+    def __init__(self, folder, config, parts, args, ranks, stop, machine=()):
+        """Make the folder, or restore what it holds: rows, and progress of an unfinished epoch."""
+        self.folder, self.config, self.parts, self.machine = folder, config, parts, machine
+        self.ranks, self.stop, self.minutes = ranks, stop, args.checkpoint_minutes
         self.rows, self.progress, self.lock, self.within_step = [], None, None, False
+        there = ranks.gather((folder / "checkpoint.pt").exists())
+        if len(set(there)) > 1:
+            raise UsageError(f"{folder}/checkpoint.pt is there for some processes only: "
+                             "--output_dir is to be in a place that all machines share")
+        self.resumed = there[0]
+        ranks.together(lambda: self.open(args))
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.began, self.due = time.monotonic(), time.monotonic() + 60 * self.minutes
         self.first = None                      # what was done when this session's first step began
 
     # ---------------------------------------------------------------- its beginning
 
-    def begin(self, resume, command):
-        """Make the folder, or restore what it holds: rows of finished epochs, progress of one."""
-        there = self.ranks.gather((self.folder / "checkpoint.pt").exists())
-        if len(set(there)) > 1:
-            raise UsageError(f"{self.folder}/checkpoint.pt is there for some processes only: "
-                             "--output_dir is to be in a place that all machines share")
-        self.ranks.together(lambda: self.restore(there[0], resume, command))
-        self.began, self.due = time.monotonic(), time.monotonic() + 60 * self.minutes
-
-    def restore(self, there, resume, command):
+    def open(self, args):
         first, extended = self.ranks.rank == 0, False
         if first:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                check_folder(self.folder, resume)
+                check_folder(self.folder, args.resume)
                 self.lock = lock(self.folder)
             except OSError as error:
                 raise UsageError(f"{self.folder} cannot be made ({error.strerror}): name another "
                                  "one with --output_dir")
-        if there:
+        if self.resumed:
             extended = self.load()
             print(f"resumed after epoch {len(self.rows)} of {self.config['epochs']}"
                   + (f" and {self.progress.step} steps" if self.progress else ""), flush=True)
-        elif resume:
+        elif args.resume:
             print(f"--resume: no checkpoint in {self.folder}, so this run starts anew", flush=True)
-        if first and (not there or extended):
+        if first and (not self.resumed or extended):
             optimizer = self.parts["optimizer"]
             write_json(self.folder / "config.json", dict(
                 self.config, device=str(self.ranks.device), ranks=self.ranks.world,
-                torch=torch.__version__, command=command, optimizer=repr(optimizer).splitlines()))
+                torch=torch.__version__, command=args.command,
+                optimizer=repr(optimizer).splitlines()))
         if first and self.rows:
             self.write_log()
 
@@ -615,10 +354,12 @@ class Run:
                 print(f"{self.text(len(self.rows))}  step {self.progress.step}/{total}  saved, "
                       f"{self.left(total)} left", flush=True)
 
-    def add(self, row, text):
-        """An epoch is over: log, checkpoint, and a line of at most 80 columns."""
+    def add(self, text, **figures):
+        """An epoch is over: a row of the log, a checkpoint, and a line of at most 80 columns."""
         self.stop.noting = True
-        self.rows.append({name: row.get(name) for name in self.columns})
+        self.rows.append(dict(
+            epoch=len(self.rows) + 1, **figures, seconds=round(self.progress.seconds, 3),
+            peak_memory=round(peak_memory(self.ranks.device), 1)))
         self.progress = None
         self.save()
         if self.ranks.rank == 0:
@@ -668,20 +409,23 @@ class Run:
         self.due = time.monotonic() + 60 * self.minutes
 
     def write_log(self):
-        def text(value):
-            return "" if value is None else str(value) if isinstance(value, int) else f"{value:.9g}"
-        lines = [",".join(self.columns)] + [",".join(text(row[name]) for name in self.columns)
-                                            for row in self.rows]
-        write_file(self.folder / "log.csv", lambda file: file.write(
-            ("\n".join(lines) + "\n").encode()))
+        lines = [",".join(self.rows[0])] + [
+            ",".join(str(v) if isinstance(v, int) else f"{v:.9g}" for v in row.values())
+            for row in self.rows]
+        write_file(self.folder / "log.csv",
+                   lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
     def finish(self):
         """The record of a finished run, which is written to its folder; others may use that now."""
-        config = self.config
-        record = dict(model=config["model"], optim=config["optim"], seed=config["seed"],
-                      device=str(self.ranks.device), processes=self.ranks.world,
-                      torch=torch.__version__, **self.rows[-1],
-                      state_bytes=state_bytes(self.parts["optimizer"]), output_dir=str(self.folder))
+        config, state = self.config, self.parts["optimizer"].state
+        record = dict(
+            model=config["model"], optim=config["optim"], seed=config["seed"],
+            device=str(self.ranks.device), processes=self.ranks.world, torch=torch.__version__,
+            **self.rows[-1],
+            seconds_per_epoch=statistics.mean(row["seconds"] for row in self.rows),
+            state_bytes=sum(v.nbytes for values in state.values() for v in values.values()
+                            if torch.is_tensor(v)), output_dir=str(self.folder))
+        record["peak_memory"] = max(row["peak_memory"] for row in self.rows)
         if self.ranks.rank == 0:
             write_json(self.folder / "record.json", record)
         if self.lock is not None:
@@ -712,8 +456,11 @@ def peak_memory(device):
 # What a person sees
 # ---------------------------------------------------------------------------------------------
 
-def describe(model, optimizer, config, device):
-    """What is about to run."""
+def describe(model, optimizer, config, device, folder, whole=True):
+    """What is about to run, and where; the whole of it for the first of several seeds."""
+    print(f"\n{config['optim']}, seed {config['seed']}, in {folder}", flush=True)
+    if not whole:
+        return
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else \
         torch.cuda.get_device_name(device) if device.type == "cuda" else "GPU"
     print(f"{device.type} ({where}), torch {torch.__version__}, {config['model']} with "
@@ -721,9 +468,8 @@ def describe(model, optimizer, config, device):
     print(textwrap.fill("  ".join(f"{k}={v}".replace(" ", "") for k, v in config.items()), 80,
                         break_on_hyphens=False))
     # what an optimizer of this folder prints below the options that it shares with torch's
-    lines = repr(optimizer).rpartition("\n)\n")[2].splitlines() if config["optim"] in FILES else \
-        ["no layer is preconditioned"]
-    lines = [line for text in lines
+    _, found, layers = repr(optimizer).rpartition("\n)\n")
+    lines = [line for text in (layers if found else "no layer is preconditioned").splitlines()
              for line in textwrap.wrap(text, 80, subsequent_indent="    ")]
     print(*lines[:5], sep="\n")
     if len(lines) > 5:
@@ -731,25 +477,31 @@ def describe(model, optimizer, config, device):
     sys.stdout.flush()
 
 
-def summarise(records, logs, metrics):
-    """Of an optimizer's runs, one a seed: metrics after the last epoch, and what they cost."""
-    result = dict(optim=records[0]["optim"], run=[record["seed"] for record in records])
-    for name in metrics:
-        values = [record[name] for record in records]
-        result[name] = values
-        result[f"{name}_mean"] = statistics.mean(values)
-        result[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-    rows = [row for log in logs for row in log]
-    result.update(train_loss=statistics.mean(record["train_loss"] for record in records),
-                  seconds_per_epoch=statistics.mean(row["seconds"] for row in rows),
-                  peak_memory=max(row["peak_memory"] for row in rows),
-                  state_bytes=records[0]["state_bytes"],
-                  output_dir=[record["output_dir"] for record in records])
-    return result
+def train_all(args, title, metrics, train, **facts):
+    """train(optim, seed) for each of them, which returns a record; their table, and one record.
+
+    metrics: {name in the records: (heading, digits)}
+    """
+    results = []
+    for optim in args.optim:
+        runs = [train(optim, seed) for seed in args.seed]
+        result = dict(optim=optim, run=args.seed)
+        for name in metrics:
+            values = [run[name] for run in runs]
+            result |= {name: values, f"{name}_mean": statistics.mean(values),
+                       f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
+        for name in "train_loss", "seconds_per_epoch":
+            result[name] = statistics.mean(run[name] for run in runs)
+        for name in "peak_memory", "state_bytes":
+            result[name] = max(run[name] for run in runs)
+        results.append(dict(result, output_dir=[run["output_dir"] for run in runs]))
+    if len(results) > 1 or len(args.seed) > 1:
+        print_table(title, metrics, results)
+    print_record(dict(facts, model=args.model, epochs=args.epochs, torch=torch.__version__,
+                      results=results))
 
 
 def print_table(title, metrics, results):
-    """metrics: {name in the results: (heading, digits)}"""
     print(f"\n{title}\noptimizer   seeds"
           + "".join(f"  {heading:>18}" for heading, _ in metrics.values())
           + "  train loss  s/epoch      state")

@@ -15,11 +15,8 @@ import os
 import re
 import shlex
 import signal
-import socket
-import subprocess
-import sys
 import time
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -33,7 +30,8 @@ import models
 import run
 import train_imagenet
 from ranks import Ranks, Stop
-from test_run import HERE, call, checkpoint, read_log, record, refused, same_runs
+from test_run import (call, checkpoint, free_ports, read_log, record, refused,  # noqa: F401
+                      same_runs, start_processes)
 from testing import close
 
 needs_pillow = pytest.mark.skipif(importlib.util.find_spec("PIL") is None,
@@ -170,7 +168,7 @@ RESNET = "--model resnet_test --val-resize-size 16 --val-crop-size 16"
     "--pin-mem maybe": "maybe", "--mix 0.2": "--mix", "--pretrained": "nothing is downloaded",
     "--warmup-lr 1 --warmup-decay 0.5": "--warmup_lr", "--crop-pct 1e-320": "--crop_pct",
     "--val-resize-size 99999": "16384", "--ratio 1e-320 1": "--ratio",
-    "--accum 99999999999999999999": "1e+15", "--input-size 1 28 28": "3 N N",
+    "--accum 99999999999999999999": "1e15", "--input-size 1 28 28": "3 N N",
     "--amp-dtype float16": "--amp", "--mixup 1 -b 3": "even number",
     "--val-crop-size 32": "--val_crop_size", "--sync-bn": "--sync_bn", "-b 16": "batch",
     "--pretrained nowhere.pt": "nowhere.pt", "--test-only": "checkpoint",
@@ -563,15 +561,6 @@ def watch(argv, last=None):
                 out=out.getvalue(), err=err.getvalue())
 
 
-def free_ports(count):
-    """Different ones: a port that was given back can be the next one that is given out."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """(what each rank saw, the folder with all runs)"""
@@ -689,40 +678,22 @@ def test_published_lines_run(ranks, tmp_path):
         "runs", "imagenet-deit_small_patch16_224-mac", "0")
 
 
-def test_torchrun_and_sigterm(ranks, tmp_path):
+def test_torchrun_and_sigterm(ranks, tmp_path, start):
     """SIGTERM to torchrun, then --resume: the log of an uninterrupted run, bit for bit."""
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split(),
-               str(HERE / "train_imagenet.py"), *shlex.split(DEIT)[1:], "--output-dir", "run"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    for flags, status in ((["--workers", "1"], 1), (["--resume"], 0)):
-        with open(tmp_path / "said", "w") as said, subprocess.Popen(
-                command + flags, cwd=tmp_path, env=env, stdout=said, stderr=said) as process:
-            try:
-                while status and "step 2/" not in (tmp_path / "said").read_text():
-                    assert process.poll() is None, (tmp_path / "said").read_text()
-                    time.sleep(0.05)
-                if status:
-                    process.send_signal(signal.SIGTERM)
-                process.wait(120)
-            finally:
-                process.terminate()
-        out = (tmp_path / "said").read_text()
-        assert (process.returncode != 0) == bool(status), out
-        assert not status or out.count("stopped in epoch") == 1, out
-    assert out.count("training images") == 1 and read_log(tmp_path / "run") == read_log(
-        ranks[1] / "deit")
-
-
-def test_smoke(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out, _ = call("train_imagenet.py --smoke")
-    assert out.startswith("smoke test passed: sgd adamw mac nysact"), out
-    assert not list(tmp_path.iterdir())
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    process = start(f"{DEIT} --output-dir run --workers 1", launcher=launcher)
+    assert process.wait_for(lambda: "step 2/" in process.text(), "a step"), process.text()
+    process.send(signal.SIGTERM)
+    out = process.finish(1)
+    assert out.count("stopped in epoch") == 1, out
+    out = start(f"{DEIT} --output-dir run --resume", launcher=launcher).finish()
+    assert out.count("training images") == 1
+    assert read_log(tmp_path / "run") == read_log(ranks[1] / "deit")
 
 
 def test_help_of_two_recipes():
     with redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
         train_imagenet.parse(["--help"])
     text = " ".join(text.getvalue().split())
-    assert "1.0 | 3.0 for mac" in text and "(default 90 | 300)" in text
-    assert "(default 0.0, for Swin 0.1)" in text
+    assert "1.0 | 3.0 for mac" in text and "(90 for resnet; 300 for deit, swin)" in text
+    assert "(0.0 for resnet, deit; 0.1 for swin)" in text

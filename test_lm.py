@@ -5,6 +5,7 @@ Everything is tiny and on generated or written text, without data or network.
 import math
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import train_lm
 from models import GPT, GPT_SIZES
 from ranks import Ranks, Stop, UsageError
 from test_run import call, checkpoint, read_log, record, refused, start_processes  # noqa: F401
-from testing import close, raises, snapshot
+from testing import close, on_ranks, raises, snapshot
 
 TINY = ("train_lm.py --dataset grammar --train_size 1500 --valid_size 100 --layers 2 --heads 2 "
         "--width 16 --context 16 --batch_size 8 --epoch 1 --warmup 5 --sample 5 --device cpu")
@@ -234,13 +235,6 @@ def test_sample():
 # The script
 # ---------------------------------------------------------------------------------------------
 
-def test_smoke(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out, _ = call("train_lm.py --smoke")
-    assert out.startswith(f"smoke test passed: {' '.join(train_lm.RECIPES)}"), out
-    assert not list(tmp_path.iterdir())
-
-
 def test_optimizers_and_seeds(tmp_path):
     """One folder each, one table with mean ± std, one record, one sample a run."""
     out, err = call(f"{TINY} --epoch 2 --optim sgd mac --run 0 3 --rank 3 --output_dir {tmp_path}")
@@ -248,7 +242,7 @@ def test_optimizers_and_seeds(tmp_path):
     for result, optim in zip(record(out)["results"], ("sgd", "mac"), strict=True):
         logs = [read_log(tmp_path / optim / seed) for seed in "03"]
         assert logs[0] != logs[1] and list(logs[0][0]) == [
-            name for name in train_lm.COLUMNS if name not in ("seconds", "peak_memory")]
+            "epoch", "lr", "train_loss", "train_perplexity", "valid_loss", "valid_perplexity"]
         loss = [float(log[-1]["valid_loss"]) for log in logs]
         close(result["valid_loss_mean"], sum(loss) / 2, 1e-8)
         assert f"{sum(loss) / 2:.4f} ± {abs(loss[0] - loss[1]) / 2 ** 0.5:.4f}" in out
@@ -283,6 +277,28 @@ def test_ranks(tmp_path, start):
             close([float(row[column]) for row in b], [float(row[column]) for row in a], 1e-5)
     out, _ = call(f"{flags} --output_dir {tmp_path}/two --resume")
     assert out.count("resumed after epoch 2 of 2") == 5
+
+
+def one_copy(rank, world):
+    text = texts.load_text("grammar") if rank == 0 else None
+    text = train_lm.share(text, Ranks(rank=rank, world=world, local=rank))
+    places = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(number, 16) for number in line.split()[0].split("-"))
+        places += [line for part in text[:2] if low <= part.data_ptr() < high]
+    files = [line.split()[3:6] for line in places]      # device, inode, path
+    return text.train.clone(), text.valid.clone(), text.fingerprint, files
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells where memory is on Linux")
+def test_ranks_share_the_text():
+    """One process reads it; in the memory of all it is the same two files."""
+    want = texts.load_text("grammar")
+    shared = on_ranks(2, one_copy)
+    for train, valid, fingerprint, files in shared:
+        assert torch.equal(train, want.train) and torch.equal(valid, want.valid)
+        assert fingerprint == want.fingerprint and files == shared[0][3]
+        assert [Path(path).name for *_, path in files] == ["train.npy", "valid.npy"], files
 
 
 @pytest.mark.parametrize("flags, words", {

@@ -9,8 +9,10 @@ import csv
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -69,28 +71,66 @@ def refused(line, status=2):
     return err[0]
 
 
-class Started:
-    """A script as one process in tmp_path, or as so many that meet as torchrun's do."""
+def as_script(line, folder, said, environment):
+    """What a forked process does: the same as `python LINE` in the folder."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for descriptor in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), descriptor)
+    sys.stdout.reconfigure(line_buffering=True)
+    script, *argv = line.split()
+    sys.exit(importlib.import_module(script.removesuffix(".py")).main(argv))
 
-    def __init__(self, tmp_path, line, ranks=1, **environment):
-        command = [sys.executable, str(HERE / line.split()[0]), *line.split()[1:]]
-        meet = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+forks = multiprocessing.get_context("forkserver")     # of a process that has imported torch already
+forks.set_forkserver_preload(["train_cifar", "train_lm", "train_imagenet"])
+
+
+class Forked(forks.Process):
+    """With subprocess.Popen's names."""
+
+    def poll(self):
+        return self.exitcode
+
+    def wait(self, timeout=None):
+        self.join(timeout)
+        return self.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+
+class Started:
+    """A script as one process in tmp_path, or as so many that meet as torchrun's do.
+
+    launcher: run it as `python LAUNCHER LINE`; else it is forked, which spares importing torch.
+    """
+
+    def __init__(self, tmp_path, line, ranks=1, launcher=None, **environment):
+        meet = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(*free_ports(1)))
         self.files, self.processes = [], []
         for rank in range(ranks):
-            self.files.append(tmp_path / f"said-{time.monotonic_ns()}")
+            said = tmp_path / f"said-{time.monotonic_ns()}"
+            said.touch()
+            self.files.append(said)
             own = dict(meet, RANK=str(rank), LOCAL_RANK=str(rank)) if ranks > 1 else {}
-            with open(self.files[rank], "w") as said:
+            own |= environment
+            if launcher is None:
+                self.processes.append(Forked(target=as_script, args=(line, tmp_path, said, own)))
+                self.processes[rank].start()
+                continue
+            with open(said, "w") as file:
                 self.processes.append(subprocess.Popen(
-                    command, cwd=tmp_path, stdout=said, stderr=subprocess.STDOUT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **own,
-                         **environment}))
+                    [sys.executable, *launcher.split(), HERE / line.split()[0], *line.split()[1:]],
+                    cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", **own}))
 
     def text(self):
         return "".join(file.read_text() for file in self.files)
 
     def wait_for(self, condition, what):
         """Until condition() or the end of the first process; whether it still runs."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while self.processes[0].poll() is None and not condition():
             assert time.monotonic() < end, f"waited in vain for {what}: {self.text()}"
             time.sleep(0.05)
@@ -98,7 +138,7 @@ class Started:
 
     def finish(self, status=0):
         """What they said, once they ended with this status."""
-        got = [process.wait(120) for process in self.processes]
+        got = [process.wait(600) for process in self.processes]
         assert set(got) == {status}, f"exit status {got}, not {status}:\n{self.text()}"
         return self.text()
 
@@ -107,14 +147,20 @@ class Started:
 
     def kill(self):
         for process in self.processes:
-            process.kill()
+            if isinstance(process, Forked):
+                process.kill()
+            else:                                      # torchrun is to end its own
+                process.terminate()
         return [process.wait() for process in self.processes]
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports(count):
+    """Different ones: a port that was given back can be the next one that is given out."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
 
 
 @pytest.fixture(name="start")
@@ -200,6 +246,7 @@ def test_kill_and_resume(tmp_path, start, line, ranks):
         kills += 1
     start(f"{line} --output_dir killed --resume", ranks).finish()
     straight.finish()
+    print(f"killed {kills} times")                     # shown by -rP
     assert len(read_log(tmp_path / "killed")) == 3 * wanted
     assert same_runs(tmp_path / "straight", tmp_path / "killed")
 
@@ -263,7 +310,7 @@ def test_stopped_before_there_is_a_run(tmp_path, monkeypatch):
 
 def test_interrupt_during_the_imports(start):
     """Ctrl-C ends the process without a traceback."""
-    process = start(CIFAR)
+    process = start(CIFAR, launcher="")
     time.sleep(0.5)                                    # torch takes seconds
     process.send(signal.SIGINT)
     assert process.processes[0].wait(120) in (-signal.SIGINT, 130)
@@ -273,7 +320,7 @@ def test_interrupt_during_the_imports(start):
 @pytest.mark.parametrize("line", [LM, IMAGENET], ids=name_of)
 def test_stop_while_waiting_to_begin(start, line):
     """SIGTERM ends a rank that waits for others which never come."""
-    port = free_port()
+    port, = free_ports(1)
     rank = start(f"{line} --output_dir run", RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                  MASTER_PORT=str(port))
 
@@ -346,9 +393,9 @@ def test_srun_without_torchrun(tmp_path, monkeypatch, line):
 @each_script
 def test_divergence(tmp_path, line):
     """The second epoch's rate is absurd: status 1, one sentence, and the first epoch is kept."""
-    flags = {"train_cifar": "--schedule multistep --milestones 1 --lr_decay 1e30 --lr 0.01",
-             "train_lm": "--warmup 100 --lr 1e30 --clip 0",
-             "train_imagenet": "--lr-scheduler steplr --lr-step-size 1 --lr-gamma 1e30 --warmup 0"}
+    flags = {"train_cifar": "--schedule multistep --milestones 1 --lr_decay 1e15 --lr 0.01",
+             "train_lm": "--warmup 100 --lr 1e15 --clip 0",
+             "train_imagenet": "--lr-scheduler steplr --lr-step-size 1 --lr-gamma 1e15 --warmup 0"}
     for optim in ("sgd", "mac"):
         place = tmp_path / optim
         err = refused(more_epochs(line, 2) + f" {flags[name_of(line)]} --opt {optim} "
@@ -454,6 +501,14 @@ def test_hostile_checkpoint(tmp_path, monkeypatch, line):
 # ---------------------------------------------------------------------------------------------
 
 @each_script
+def test_smoke(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    out, _ = call(f"{name_of(line)}.py --smoke")
+    assert re.match("smoke test passed: sgd .*mac nysact foof kfac adafisher adafisherw", out), out
+    assert not list(tmp_path.iterdir()), "--smoke left files behind"
+
+
+@each_script
 def test_help(line):
     """It names every flag, also where a console lacks its characters."""
     script, out = importlib.import_module(name_of(line)), io.TextIOWrapper(io.BytesIO(), "ascii")
@@ -479,9 +534,9 @@ def test_spelling(line):
 
 @each_script
 @pytest.mark.parametrize("flags, words", {
-    "--lr -1": "--lr", "--lr nan": "--lr", "--lr x": "--lr", "--lr 1e300": "at most 1e+30",
+    "--lr -1": "--lr", "--lr nan": "--lr", "--lr x": "--lr", "--lr 1e150": "at most 1e15",
     "--momentum 1": "--momentum", "--epochs 0": "--epochs", "--damping 0": "--damping",
-    f"--epochs 1{400 * '0'}": "at most 1e+15", "--tcov 1.5": "--tcov", "--batch_size 0":
+    f"--epochs 1{400 * '0'}": "at most 1e15", "--tcov 1.5": "--tcov", "--batch_size 0":
     "--batch_size", "--run 2147483648": "from 0 to 2147483647", "--run": "--run",
     "--model resnet21": "invalid choice", "--optim sgdd": "adamw", "--sketch x": "subcolumns",
     "--learning_rate 1": "--learning_rate", "--device tpu": "cuda:N",

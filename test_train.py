@@ -6,19 +6,11 @@ import shutil
 import pytest
 import torch
 
-import run
 import train_cifar
 from test_run import call, checkpoint, read_log, record, refused, start_processes  # noqa: F401
 
 SMALL = ("train_cifar.py --dataset shapes --train_size 256 --model lenet5 --epoch 1 "
          "--batch_size 64 --device cpu --optim mac --tinv 5")
-
-
-def test_smoke(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out, _ = call("train_cifar.py --smoke")
-    assert out.startswith(f"smoke test passed: {' '.join(run.RECIPES)}"), out
-    assert not list(tmp_path.iterdir()), "--smoke left files behind"
 
 
 def test_without_data_and_network(tmp_path, start):
@@ -103,6 +95,8 @@ def test_warmup(unit, different):
     assert rates[50] == config["lr"] == max(rates) and min(rates) > 0
     assert ramp == sorted(ramp) and rest == sorted(rest, reverse=True)
     assert len(set(rates)) == different
+    part = [train_cifar.learning_rate(config | dict(warmup=2.5), e, 0, 10) for e in range(4)]
+    assert 0 < part[0] < part[1] < part[2] < part[3] < config["lr"]
     config["epochs"] = 3
     assert [train_cifar.learning_rate(config, e, s, 10)
             for e in range(3) for s in range(10)] == rates[:30]
@@ -156,7 +150,7 @@ def test_compile(tmp_path):
 
 
 def bench(start, tmp_path, flags):
-    start(f"bench.py --model lenet5 --csv table.csv {flags}").finish()
+    start(f"bench.py --model lenet5 --csv table.csv {flags}", launcher="").finish()
     with open(tmp_path / "table.csv", newline="") as file:
         return {row.pop("optimizer"): {name: float(text) for name, text in row.items()}
                 for row in csv.DictReader(file)}
@@ -184,4 +178,4 @@ def test_bench_launches(start, tmp_path):
 @pytest.mark.parametrize("flags", ["--repeats 0", "--model resnet",
                                    "--csv no/such/folder.csv --model lenet5 --launches"])
 def test_bench_refuses(start, flags):
-    assert len(start(f"bench.py {flags}").finish(2).splitlines()) == 1
+    assert len(start(f"bench.py {flags}", launcher="").finish(2).splitlines()) == 1

@@ -28,65 +28,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data as datasets
+from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
+                   RECIPES, check_compiler, check_optimizers, chosen, machine_flags,
+                   make_optimizer, note_unused, parser_of, several_flags, user_path)
 from models import CIFAR_MODELS
 from ranks import UsageError, start
-from run import (COUNT, COUNT_OR_ZERO, FRACTION, NAME, POSITIVE, RECIPES, SWITCH, WORD, Run,
-                 add_machine_flags, add_optimizer_flags, add_several_flags, check_compiler,
-                 check_optimizers, describe, flag, make_optimizer, note_unused, parser_of,
-                 peak_memory, print_record, print_table, run_folders, run_script, summarise,
-                 user_path)
-
-# What a recipe sets beside its optimizer, see run.py.
-TRAINING = dict.fromkeys(RECIPES, dict(batch_size=128, cutout=0)) | dict.fromkeys(
-    ("adafisher", "adafisherw"), dict(batch_size=256, cutout=16))
-COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds",
-           "peak_memory")
-MACHINE = ("channels_last", "compile")         # what may change when a run is resumed
-
-
-# ---------------------------------------------------------------------------------------------
-# Model, optimizer, learning rate
-# ---------------------------------------------------------------------------------------------
-
-def build(config, data):
-    """The network and its optimizer on the data's device. One seed, one initialisation."""
-    torch.manual_seed(config["seed"])
-    try:
-        model = CIFAR_MODELS[config["model"]](data.num_classes, *data.train_images.shape[1:3])
-        if config["channels_last"]:
-            model = model.to(memory_format=torch.channels_last)
-        model = model.to(data.train_images.device)
-        return model, make_optimizer(model, model.parameters(), config, RECIPES[config["optim"]])
-    except ValueError as error:  # an impossible combination, in the words of who refused it
-        raise UsageError(str(error))
-
-
-def make_forward(model, optimizer, config, device):
-    """x → logits in float32. The optimizer's hooks are on the model before this compiles it."""
-    compiled = torch.compile(model) if config["compile"] else model
-
-    def forward(x):
-        if config["channels_last"]:
-            x = x.contiguous(memory_format=torch.channels_last)
-        # the hooks of a step that feeds statistics would break the compiled graph
-        call = model if model.training and getattr(optimizer, "collecting", False) else compiled
-        with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
-            return call(x).float()
-    return forward
-
-
-def learning_rate(config, epoch, step, steps):
-    """The rate at step `step` of `steps` in `epoch`, both from 0: a function of nothing else."""
-    unit = 1.0 if config["schedule_step"] == "epoch" else 1.0 / steps
-    t = epoch + (0.0 if config["schedule_step"] == "epoch" else step / steps)
-    lr, warmup = config["lr"], config["warmup"]
-    if t < warmup:               # from the first step on more than zero, and full at t = warmup
-        return lr * (t + unit) / (warmup + unit)
-    if config["schedule"] == "cosine":
-        return lr * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (config["epochs"] - warmup)))
-    if config["schedule"] == "multistep":
-        return lr * config["lr_decay"] ** sum(t >= m for m in config["milestones"])
-    return lr
+from run import Run, describe, run_folders, run_script, train_all
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,85 +83,127 @@ def evaluate(model, forward, data, stop):
 
 
 def train(config, data, folder, args, ranks, stop):
-    """One run, from its checkpoint if it has one: its record and its log."""
+    """One run, from its checkpoint if it has one: its record."""
     model, optimizer = build(config, data)
-    print(f"\n{config['optim']}, seed {config['seed']}, in {folder}", flush=True)
-    if config["seed"] == args.seed[0]:
-        describe(model, optimizer, config, ranks.device)
-    run = Run(folder, config, dict(model=model, optimizer=optimizer), COLUMNS, ranks, stop,
-              args.checkpoint_minutes,
-              MACHINE if config["schedule"] == "cosine" else (*MACHINE, "epochs"))
-    run.begin(args.resume, args.command)
-    if config.get("calibrate") and not run.rows and not run.progress:
+    describe(model, optimizer, config, ranks.device, folder, config["seed"] == args.seed[0])
+    free = () if config["schedule"] == "cosine" else ("epochs",)    # of which no rate depends
+    run = Run(folder, config, dict(model=model, optimizer=optimizer), args, ranks, stop,
+              MACHINE + free)
+    if config.get("calibrate") and not run.resumed:
         optimizer.calibrate(stop.between(tqdm(train_batches(data, config, 0), "calibrate",
                                               leave=False, disable=None)))
     forward = make_forward(model, optimizer, config, ranks.device)
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     for epoch in range(len(run.rows), config["epochs"]):
         with run.epoch(epoch) as progress:
             train_epoch(run, forward, data, epoch)
             loss, acc, _ = progress.means()
             test_loss, test_acc = evaluate(model, forward, data, stop)
         lr = optimizer.param_groups[0]["lr"]
-        text = (f"lr {lr:<8.3g} train {loss:.4f} {acc:5.2f}%  "
-                f"test {test_loss:.4f} {test_acc:5.2f}%")
-        run.add(dict(epoch=epoch + 1, lr=lr, train_loss=loss, train_acc=acc, test_loss=test_loss,
-                     test_acc=test_acc, seconds=round(progress.seconds, 3),
-                     peak_memory=round(peak_memory(ranks.device), 1)), text)
-    return run.finish(), run.rows
+        run.add(f"lr {lr:<8.3g} train {loss:.4f} {acc:5.2f}%  "
+                f"test {test_loss:.4f} {test_acc:5.2f}%", lr=lr, train_loss=loss, train_acc=acc,
+                test_loss=test_loss, test_acc=test_acc)
+    return run.finish()
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line
+# Model, optimizer, learning rate
 # ---------------------------------------------------------------------------------------------
+
+def build(config, data):
+    """The network and its optimizer on the data's device. One seed, one initialisation."""
+    torch.manual_seed(config["seed"])
+    try:
+        model = CIFAR_MODELS[config["model"]](data.num_classes, *data.train_images.shape[1:3])
+        if config["channels_last"]:
+            model = model.to(memory_format=torch.channels_last)
+        model = model.to(data.train_images.device)
+        return model, make_optimizer(model, model.parameters(), config, RECIPES[config["optim"]])
+    except ValueError as error:  # an impossible combination, in the words of who refused it
+        raise UsageError(str(error))
+
+
+def make_forward(model, optimizer, config, device):
+    """x → logits in float32. The optimizer's hooks are on the model before this compiles it."""
+    compiled = torch.compile(model) if config["compile"] else model
+
+    def forward(x):
+        if config["channels_last"]:
+            x = x.contiguous(memory_format=torch.channels_last)
+        # the hooks of a step that feeds statistics would break the compiled graph
+        call = model if model.training and getattr(optimizer, "collecting", False) else compiled
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
+            return call(x).float()
+    return forward
+
+
+def learning_rate(config, epoch, step, steps):
+    """The rate at step `step` of `steps` in `epoch`, both from 0: a function of nothing else."""
+    unit = 1.0 if config["schedule_step"] == "epoch" else 1.0 / steps
+    t = epoch + (0.0 if config["schedule_step"] == "epoch" else step / steps)
+    lr, warmup = config["lr"], config["warmup"]
+    if t < warmup:               # from the first step on more than zero, and full at t = warmup
+        return lr * (t + unit) / (warmup + unit)
+    if config["schedule"] == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (config["epochs"] - warmup)))
+    if config["schedule"] == "multistep":
+        return lr * config["lr_decay"] ** sum(t >= m for m in config["milestones"])
+    return lr
+
+
+# ---------------------------------------------------------------------------------------------
+# Recipes and the command line
+# ---------------------------------------------------------------------------------------------
+
+# What an optimizer's recipe sets beside it, see flags.py.
+TRAINING = dict.fromkeys(RECIPES, dict(batch_size=128, cutout=0)) | dict.fromkeys(
+    ("adafisher", "adafisherw"), dict(batch_size=256, cutout=16))
+# The columns of log.csv.
+COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds",
+           "peak_memory")
+MACHINE = ("channels_last", "compile")         # what may change when a run is resumed
+
+FLAGS = {
+    "what is trained": {
+        "dataset": dict(default="cifar10",
+                        choices=("cifar10", "cifar100", "fashion_mnist", "shapes"),
+                        help="shapes is generated and needs no download"),
+        "data_dir": dict(default="data", type=user_path,
+                         help="folder that holds the data, or receives them"),
+        "train_size": dict(type=COUNT, help="use the first N training images"),
+        "model": dict(default="resnet20", choices=CIFAR_MODELS, help="%(choices)s"),
+        **several_flags("mac")},
+    "optimizer (who takes a flag, and the published value where it is not given)": OPTIMIZER_FLAGS,
+    "training": {
+        "batch_size": dict(type=COUNT, help="images per step"),
+        "epochs --epoch": dict(default=200, type=COUNT, help="passes over the training set"),
+        "schedule": dict(default="cosine", choices=("cosine", "multistep", "constant"),
+                         help="the learning rate after warm-up"),
+        "schedule_step": dict(default="epoch", choices=("epoch", "step"),
+                              help="how often the rate changes; as published: every epoch"),
+        "milestones": dict(nargs="+", type=COUNT, help="epochs at which multistep multiplies the "
+                           "rate by --lr_decay; without: one half and three quarters of all"),
+        "lr_decay": dict(type=POSITIVE, help="factor of multistep; without: 0.1"),
+        "warmup --warmup_epochs": dict(default=0, type=NOT_NEGATIVE, help="epochs of linear "
+                                       "warm-up; may be more than there are"),
+        "label_smoothing": dict(default=0.0, type=FRACTION, help="label smoothing"),
+        "cutout": dict(type=COUNT_OR_ZERO, help="side in pixels of a square cut out of every "
+                       "training image; 0: none")},
+    "machine and files": {
+        "channels_last": dict(default=False, help="NHWC memory format"),
+        **machine_flags("runs/DATASET-MODEL-OPTIM/SEED")},
+}
+
 
 def parse(argv):
     """The command line; flags of RECIPES and TRAINING that were not given are None."""
-    parser = parser_of("train_cifar.py", __doc__)
-    group = parser.add_argument_group("what is trained")
-    flag(group, "dataset", default="cifar10",
-         choices=("cifar10", "cifar100", "fashion_mnist", "shapes"), **WORD,
-         help="shapes is generated and needs no download")
-    flag(group, "data_dir", default="data", type=user_path, metavar="DIR",
-         help="folder that holds the data, or receives them")
-    flag(group, "train_size", type=COUNT, metavar="N", help="use the first N training images")
-    flag(group, "model", default="resnet20", choices=list(CIFAR_MODELS), **NAME, help="%(choices)s")
-    add_several_flags(group, "mac")
-    add_optimizer_flags(parser.add_argument_group(
-        "optimizer (who takes a flag, and the published value where it is not given)"), RECIPES)
-    group = parser.add_argument_group("training")
-    flag(group, "batch_size", type=COUNT, metavar="N",
-         help="images per step (256 for adafisher, adafisherw; else 128)")
-    flag(group, "epochs", "--epoch", default=200, type=COUNT, metavar="N",
-         help="passes over the training set")
-    flag(group, "schedule", default="cosine", choices=("cosine", "multistep", "constant"), **WORD,
-         help="the learning rate after warm-up")
-    flag(group, "schedule_step", default="epoch", choices=("epoch", "step"), **WORD,
-         help="how often the rate changes; as published: every epoch")
-    flag(group, "milestones", nargs="+", type=COUNT, metavar="EPOCH",
-         help="when multistep multiplies the rate by --lr_decay; without: after one half and three "
-         "quarters of the epochs")
-    flag(group, "lr_decay", type=POSITIVE, metavar="X", help="factor of multistep; without: 0.1")
-    flag(group, "warmup", "--warmup_epochs", default=0, type=COUNT_OR_ZERO, metavar="N",
-         help="epochs of linear warm-up; may be more than there are")
-    flag(group, "label_smoothing", default=0.0, type=FRACTION, metavar="X", help="label smoothing")
-    flag(group, "cutout", type=COUNT_OR_ZERO, metavar="N",
-         help="side in pixels of a square cut out of every training image (16 for adafisher, "
-         "adafisherw; else none)")
-    group = parser.add_argument_group("machine and files")
-    flag(group, "channels_last", default=False, **SWITCH, help="NHWC memory format")
-    add_machine_flags(group, "runs/DATASET-MODEL-OPTIM/SEED")
-    return parser.parse_args(argv)
+    return parser_of("train_cifar.py", __doc__, FLAGS, [RECIPES], [TRAINING]).parse_args(argv)
 
 
 def resolve(args, optim, seed, data):
     """All that decides one run: the flags as given or default, its optimizer's from the recipe."""
     config = dict(dataset=args.dataset, train_size=len(data.train_labels), data=data.fingerprint,
                   model=args.model, optim=optim, seed=seed)
-    for name, default in (RECIPES[optim] | TRAINING[optim]).items():
-        given = getattr(args, name)
-        config[name] = default if given is None else given
+    config |= chosen(args, RECIPES[optim] | TRAINING[optim])
     for name in ("epochs", "schedule", "schedule_step", "warmup", "label_smoothing", "amp",
                  "channels_last", "compile"):
         config[name] = getattr(args, name)
@@ -251,16 +240,11 @@ def run_all(args, stop):
                     f"{args.cutout} leave nothing")
     data = data._replace(**{name: getattr(data, name).to(ranks.device)
                             for name in data._fields[:4]})
-    results = []
-    for optim in args.optim:
-        done = [train(resolve(args, optim, seed, data), data, folders[optim, seed], args, ranks,
-                      stop) for seed in args.seed]
-        results.append(summarise(*zip(*done), ["test_acc"]))
-    if len(results) > 1 or len(args.seed) > 1:
-        print_table(f"{args.model} on {args.dataset} after epoch {args.epochs}, over the whole "
-                    "test set", {"test_acc": ("test accuracy, %", 2)}, results)
-    print_record(dict(dataset=args.dataset, model=args.model, epochs=args.epochs,
-                      device=str(ranks.device), torch=torch.__version__, results=results))
+    train_all(args, f"{args.model} on {args.dataset} after epoch {args.epochs}, over the whole "
+              "test set", {"test_acc": ("test accuracy, %", 2)},
+              lambda optim, seed: train(resolve(args, optim, seed, data), data,
+                                        folders[optim, seed], args, ranks, stop),
+              dataset=args.dataset, device=str(ranks.device))
 
 
 def smoke(stop):

@@ -11,7 +11,7 @@
 
 There are two recipes, and the model chooses. ResNets follow torchvision's reference training, DeiT
 and Swin timm's, as both stood when MAC and NysAct were published; every flag has both spellings.
-They differ in the defaults that --help gives as "a | b", and in what these words mean:
+They differ in the defaults, which --help lists, and in what these words mean:
 
     --opt sgd           heavy ball | Nesterov
     --norm-weight-decay for normalisation layers | and all biases, positions, class tokens
@@ -57,69 +57,124 @@ from tqdm import tqdm
 import images
 import models
 from augment import Finish, eval_transform, train_transform
+from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE, SEED,
+                   check_compiler, check_optimizers, chosen, machine_flags, make_optimizer,
+                   note_unused, number, parser_of, user_path)
 from models import IMAGENET_MODELS, load_pretrained
-from ranks import Ranks, UsageError, start
-from run import (COUNT, COUNT_OR_ZERO, FRACTION, NAME, NOT_NEGATIVE, POSITIVE, SEED, SWITCH, WORD,
-                 Run, add_machine_flags, add_optimizer_flags, check_compiler, check_folder,
-                 check_optimizers, describe, flag, make_optimizer, note_unused, number, parser_of,
-                 peak_memory, print_record, read_checkpoint, run_script, tell, user_path)
+from ranks import Ranks, UsageError, start, tell
+from run import Run, check_folder, describe, print_record, read_checkpoint, run_script
 
-# What a model's family sets where a flag is not given: the defaults of the two reference scripts.
-RESNET = dict(
-    recipe="torchvision", batch_size=32, epochs=90, norm_weight_decay=None, schedule="steplr",
-    warmup=0, warmup_method="constant", warmup_decay=0.01, warmup_lr=None, label_smoothing=0.0,
-    remode="const", model_ema_decay=0.99998, model_ema_steps=32, drop_path=0.0,
-    interpolation="bilinear", train_interpolation="bilinear", color_jitter=0.0, crop_pct=None,
-    lr_min=0.0, lr_step_size=30, lr_gamma=0.1, mixup_prob=1.0, mixup_switch_prob=0.5)
-DEIT = dict(
-    RESNET, recipe="timm", batch_size=128, epochs=300, norm_weight_decay=0.0, schedule="cosine",
-    warmup=5, warmup_method="linear", warmup_decay=None, warmup_lr=1e-5, label_smoothing=0.1,
-    remode="pixel", model_ema_decay=0.9998, model_ema_steps=1, drop_path=0.0,
-    interpolation="bicubic", train_interpolation="random", color_jitter=0.4, crop_pct=0.9)
-FAMILIES = {"resnet": RESNET, "deit": DEIT, "swin": dict(DEIT, drop_path=0.1)}
 
-# Likewise what an optimizer sets, in each recipe; it takes these flags and no others. mac and
-# nysact are their authors' README lines and code (global batch 1024), kfac on transformers the
-# damping of MAC's authors; sgd is the reference scripts' (global batch 256 | 1024) and adamw DeiT's
-# (Touvron et al. 2021, table 9, batch 1024). Else foof, kfac and adafisher have no published values
-# here: foof and kfac have the two CURVATUREs in common with mac, but not its damping and stat_decay
-# for transformers, and the rest is as in train_cifar.py.
-CURVATURE = dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=2e-5,
-                 decoupled_weight_decay=True, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
-VIT_CURVATURE = dict(CURVATURE, weight_decay=1e-4, tinv=5)
-ADAMW = dict(lr=1e-3, weight_decay=0.05)
-ADAFISHER = dict(lr=1e-3, beta=0.9, weight_decay=5e-4, damping=1e-3, gamma=0.8, tcov=100,
-                 averaging="released")
-ADAFISHERW = dict(ADAFISHER, weight_decay=0.01, damping=3e-3)
-KFAC = dict(fisher="empirical", inverse="factored", weight_sharing="expand", kl_clip=1e-3)
-RECIPES = {
-    "torchvision": {
-        "sgd": dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4),
-        "adamw": ADAMW,
-        "mac": dict(CURVATURE, calibrate=False),
-        "nysact": dict(CURVATURE, decoupled_weight_decay=False, rank=50, sketch="subcolumns"),
-        "foof": CURVATURE,
-        "kfac": dict(CURVATURE, damping=0.03, **KFAC),
-        "adafisher": ADAFISHER,
-        "adafisherw": ADAFISHERW,
-    },
-    "timm": {
-        "sgd": dict(lr=0.4, momentum=0.9, nesterov=True, weight_decay=2e-5),
-        "adamw": ADAMW,
-        "mac": dict(VIT_CURVATURE, damping=3.0, stat_decay=0.99, calibrate=False),
-        "nysact": dict(VIT_CURVATURE, rank=20, sketch="subcolumns"),
-        "foof": VIT_CURVATURE,
-        "kfac": dict(VIT_CURVATURE, damping=0.3, **KFAC),
-        "adafisher": ADAFISHER,
-        "adafisherw": ADAFISHERW,
-    },
-}
-COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds",
-           "peak_memory", "test_top5", "ema_loss", "ema_acc", "ema_top5", "images_per_second",
-           "data_wait")
-# How a run is computed, which may change between two sessions; what is computed may not.
-MACHINE = ("batch_size", "accum", "world", "channels_last", "compile", "pretrained",
-           "grad_checkpointing")
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+def train_epoch(setup, run, epoch, every):
+    """One pass over the training images, or what is left of it after a stop."""
+    config, progress, accum = setup.config, run.progress, setup.config["accum"]
+    setup.model.train()
+    setup.train.set_epoch(epoch, progress.step * accum)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = learning_rate(config, epoch)
+    micro, steps = iter(setup.train), -(-len(setup.train) // accum)
+    batches = iter(lambda: list(itertools.islice(micro, accum)), [])
+    for batch in run.steps(batches, steps, epoch, every):      # which saves and stops between two
+        train_step(setup, batch, epoch, progress)
+    setup.ranks.average_buffers(setup.model)
+
+
+def train_step(setup, batches, epoch, progress):
+    """One update from micro-batches."""
+    config, ranks, optimizer, scaler = setup.config, setup.ranks, setup.optimizer, setup.scaler
+    images = sum(len(labels) for _, labels in batches)
+    optimizer.zero_grad()
+    # the hooks of a step that feeds statistics would break the compiled graph
+    call = setup.wrapped if getattr(optimizer, "collecting", False) else setup.step_model
+    for i, (x, labels) in enumerate(batches):
+        x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
+        seed = config["seed"], epoch, ranks.rank, progress.step * config["accum"] + i
+        x, target = setup.finish(x, labels, seed)
+        last = ranks.world == 1 or i + 1 == len(batches)       # whose gradients are averaged
+        with contextlib.nullcontext() if last else setup.wrapped.no_sync():
+            logits = logits_of(setup, call, x)
+            loss = setup.finish.loss(logits, target)
+            if config.get("fisher") == "sampled":
+                optimizer.sample_fisher(logits)
+            scaler.scale(loss * (len(x) / images)).backward()
+        hits = logits.argmax(1) == (target if target.dim() == 1 else target.argmax(1))
+        progress.add(loss, len(x), hits.sum())
+    if config["clip_grad"]:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(setup.model.parameters(), config["clip_grad"])
+    scaler.step(optimizer)
+    scaler.update()
+    if setup.ema is not None:
+        setup.ema.update(setup.model, epoch, progress.step)
+
+
+@torch.no_grad()
+def evaluate(setup, model, text):
+    """(loss, top-1, top-5 in per cent) over the whole test set, each image counted once.
+
+    Ranks take images r, r + W, ... and meet in one sum at the end, so shards may differ, or be
+    empty. The model is not DDP's, and its buffers agree already.
+    """
+    model.eval()
+    ranks, classes = setup.ranks, setup.finish.num_classes
+    double = torch.float32 if ranks.device.type == "mps" else torch.float64
+
+    def share():
+        total = torch.zeros(4, dtype=double, device=ranks.device)
+        setup.test.set_epoch(0)
+        bar = tqdm(setup.test, text, leave=False, disable=ranks.rank > 0 or None)
+        for x, labels in setup.stop.between(bar):
+            x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
+            logits = logits_of(setup, model, setup.finish.eval(x))
+            hits = logits.topk(min(5, classes)).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            total += torch.stack([loss, hits[:, 0].sum(), hits.sum(),
+                                  torch.full_like(loss, len(x))])
+        return total
+    loss, top1, top5, count = ranks.total(ranks.together(share)).tolist()
+    if count != setup.test.count:
+        raise RuntimeError(f"{count:.0f} test images were counted, not {setup.test.count}")
+    return loss / count, 100 * top1 / count, 100 * top5 / count
+
+
+def train(setup, run, every):
+    """Epoch after epoch: the record of the run."""
+    config = setup.config
+    for epoch in range(len(run.rows), config["epochs"]):
+        with run.epoch(epoch) as progress:
+            train_epoch(setup, run, epoch, every)
+            loss, acc, count = progress.means()
+            row = dict(zip(("test_loss", "test_acc", "test_top5"),
+                           evaluate(setup, setup.model, "test")))
+            if setup.ema is not None:
+                row.update(zip(("ema_loss", "ema_acc", "ema_top5"),
+                               evaluate(setup, setup.ema.model, "ema")))
+        other = f"ema {row['ema_acc']:.2f}%" if setup.ema else f"top-5 {row['test_top5']:.2f}%"
+        run.add(f"train {loss:.3f} {acc:.1f}%  test {row['test_loss']:.3f} "
+                f"{row['test_acc']:.2f}% {other}", lr=learning_rate(config, epoch),
+                train_loss=loss, train_acc=acc, **row,
+                images_per_second=round(count / progress.seconds, 1),
+                data_wait=round(progress.waited / progress.seconds, 4))
+    return run.finish()
+
+
+def calibrate(setup):
+    """MAC's first layer: its covariance over one epoch of training images as the network sees them.
+
+    On the batches of epoch 0 with other draws for mixing and erasing than the training's.
+    """
+    def inputs():
+        setup.train.set_epoch(0)
+        bar = tqdm(setup.train, "calibrate", leave=False, disable=setup.ranks.rank > 0 or None)
+        for i, (x, labels) in enumerate(bar):
+            x, labels = x.to(setup.ranks.device), labels.to(setup.ranks.device)
+            seed = setup.config["seed"], setup.config["epochs"], setup.ranks.rank, i
+            yield setup.finish(x, labels, seed)[0]
+    setup.optimizer.calibrate(inputs())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,122 +332,62 @@ def logits_of(setup, model, x):
 
 
 # ---------------------------------------------------------------------------------------------
-# Training
+# Recipes and the command line
 # ---------------------------------------------------------------------------------------------
 
-def train_epoch(setup, run, epoch, every):
-    """One pass over the training images, or what is left of it after a stop."""
-    config, progress, accum = setup.config, run.progress, setup.config["accum"]
-    setup.model.train()
-    setup.train.set_epoch(epoch, progress.step * accum)
-    for group in setup.optimizer.param_groups:
-        group["lr"] = learning_rate(config, epoch)
-    micro, steps = iter(setup.train), -(-len(setup.train) // accum)
-    batches = iter(lambda: list(itertools.islice(micro, accum)), [])
-    for batch in run.steps(batches, steps, epoch, every):      # which saves and stops between two
-        train_step(setup, batch, epoch, progress)
-    setup.ranks.average_buffers(setup.model)
+# What a model's family sets where a flag is not given: the defaults of the two reference scripts.
+RESNET = dict(
+    recipe="torchvision", batch_size=32, epochs=90, norm_weight_decay=None, schedule="steplr",
+    warmup=0, warmup_method="constant", warmup_decay=0.01, warmup_lr=None, label_smoothing=0.0,
+    remode="const", model_ema_decay=0.99998, model_ema_steps=32, drop_path=0.0,
+    interpolation="bilinear", train_interpolation="bilinear", color_jitter=0.0, crop_pct=None,
+    lr_min=0.0, lr_step_size=30, lr_gamma=0.1, mixup_prob=1.0, mixup_switch_prob=0.5)
+DEIT = dict(
+    RESNET, recipe="timm", batch_size=128, epochs=300, norm_weight_decay=0.0, schedule="cosine",
+    warmup=5, warmup_method="linear", warmup_decay=None, warmup_lr=1e-5, label_smoothing=0.1,
+    remode="pixel", model_ema_decay=0.9998, model_ema_steps=1, drop_path=0.0,
+    interpolation="bicubic", train_interpolation="random", color_jitter=0.4, crop_pct=0.9)
+FAMILIES = {"resnet": RESNET, "deit": DEIT, "swin": dict(DEIT, drop_path=0.1)}
 
-
-def train_step(setup, batches, epoch, progress):
-    """One update from micro-batches."""
-    config, ranks, optimizer, scaler = setup.config, setup.ranks, setup.optimizer, setup.scaler
-    images = sum(len(labels) for _, labels in batches)
-    optimizer.zero_grad()
-    # the hooks of a step that feeds statistics would break the compiled graph
-    call = setup.wrapped if getattr(optimizer, "collecting", False) else setup.step_model
-    for i, (x, labels) in enumerate(batches):
-        x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
-        seed = config["seed"], epoch, ranks.rank, progress.step * config["accum"] + i
-        x, target = setup.finish(x, labels, seed)
-        last = ranks.world == 1 or i + 1 == len(batches)       # whose gradients are averaged
-        with contextlib.nullcontext() if last else setup.wrapped.no_sync():
-            logits = logits_of(setup, call, x)
-            loss = setup.finish.loss(logits, target)
-            if config.get("fisher") == "sampled":
-                optimizer.sample_fisher(logits)
-            scaler.scale(loss * (len(x) / images)).backward()
-        hits = logits.argmax(1) == (target if target.dim() == 1 else target.argmax(1))
-        progress.add(loss, len(x), hits.sum())
-    if config["clip_grad"]:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(setup.model.parameters(), config["clip_grad"])
-    scaler.step(optimizer)
-    scaler.update()
-    if setup.ema is not None:
-        setup.ema.update(setup.model, epoch, progress.step)
-
-
-@torch.no_grad()
-def evaluate(setup, model, text):
-    """(loss, top-1, top-5 in per cent) over the whole test set, each image counted once.
-
-    Ranks take images r, r + W, ... and meet in one sum at the end, so shards may differ, or be
-    empty. The model is not DDP's, and its buffers agree already.
-    """
-    model.eval()
-    ranks, classes = setup.ranks, setup.finish.num_classes
-    double = torch.float32 if ranks.device.type == "mps" else torch.float64
-
-    def share():
-        total = torch.zeros(4, dtype=double, device=ranks.device)
-        setup.test.set_epoch(0)
-        bar = tqdm(setup.test, text, leave=False, disable=ranks.rank > 0 or None)
-        for x, labels in setup.stop.between(bar):
-            x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
-            logits = logits_of(setup, model, setup.finish.eval(x))
-            hits = logits.topk(min(5, classes)).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            total += torch.stack([loss, hits[:, 0].sum(), hits.sum(),
-                                  torch.full_like(loss, len(x))])
-        return total
-    loss, top1, top5, count = ranks.total(ranks.together(share)).tolist()
-    if count != setup.test.count:
-        raise RuntimeError(f"{count:.0f} test images were counted, not {setup.test.count}")
-    return loss / count, 100 * top1 / count, 100 * top5 / count
-
-
-def train(setup, run, every):
-    """Epoch after epoch: the record of the run."""
-    config, ranks = setup.config, setup.ranks
-    for epoch in range(len(run.rows), config["epochs"]):
-        with run.epoch(epoch) as progress:
-            train_epoch(setup, run, epoch, every)
-            loss, acc, count = progress.means()
-            row = dict(epoch=epoch + 1, lr=learning_rate(config, epoch), train_loss=loss,
-                       train_acc=acc, seconds=round(progress.seconds, 3),
-                       peak_memory=round(peak_memory(ranks.device)),
-                       images_per_second=round(count / progress.seconds, 1),
-                       data_wait=round(progress.waited / progress.seconds, 4))
-            row.update(zip(("test_loss", "test_acc", "test_top5"),
-                           evaluate(setup, setup.model, "test")))
-            if setup.ema is not None:
-                row.update(zip(("ema_loss", "ema_acc", "ema_top5"),
-                               evaluate(setup, setup.ema.model, "ema")))
-        other = f"ema {row['ema_acc']:.2f}%" if setup.ema else f"top-5 {row['test_top5']:.2f}%"
-        run.add(row, f"train {loss:.3f} {acc:.1f}%  test {row['test_loss']:.3f} "
-                f"{row['test_acc']:.2f}% {other}")
-    return run.finish()
-
-
-def calibrate(setup):
-    """MAC's first layer: its covariance over one epoch of training images as the network sees them.
-
-    On the batches of epoch 0 with other draws for mixing and erasing than the training's.
-    """
-    def inputs():
-        setup.train.set_epoch(0)
-        bar = tqdm(setup.train, "calibrate", leave=False, disable=setup.ranks.rank > 0 or None)
-        for i, (x, labels) in enumerate(bar):
-            x, labels = x.to(setup.ranks.device), labels.to(setup.ranks.device)
-            seed = setup.config["seed"], setup.config["epochs"], setup.ranks.rank, i
-            yield setup.finish(x, labels, seed)[0]
-    setup.optimizer.calibrate(inputs())
-
-
-# ---------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------
+# Likewise what an optimizer sets, in each recipe; it takes these flags and no others. mac and
+# nysact are their authors' README lines and code (global batch 1024), kfac on transformers the
+# damping of MAC's authors; sgd is the reference scripts' (global batch 256 | 1024) and adamw DeiT's
+# (Touvron et al. 2021, table 9, batch 1024). Else foof, kfac and adafisher have no published values
+# here: foof and kfac have the two CURVATUREs in common with mac, but not its damping and stat_decay
+# for transformers, and the rest is as in train_cifar.py.
+CURVATURE = dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=2e-5,
+                 decoupled_weight_decay=True, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
+VIT_CURVATURE = dict(CURVATURE, weight_decay=1e-4, tinv=5)
+ADAMW = dict(lr=1e-3, weight_decay=0.05)
+ADAFISHER = dict(lr=1e-3, beta=0.9, weight_decay=5e-4, damping=1e-3, gamma=0.8, tcov=100,
+                 averaging="released")
+ADAFISHERW = dict(ADAFISHER, weight_decay=0.01, damping=3e-3)
+KFAC = dict(fisher="empirical", inverse="factored", weight_sharing="expand", kl_clip=1e-3)
+RECIPES = {
+    "torchvision": {
+        "sgd": dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4),
+        "adamw": ADAMW,
+        "mac": dict(CURVATURE, calibrate=False),
+        "nysact": dict(CURVATURE, decoupled_weight_decay=False, rank=50, sketch="subcolumns"),
+        "foof": CURVATURE,
+        "kfac": dict(CURVATURE, damping=0.03, **KFAC),
+        "adafisher": ADAFISHER,
+        "adafisherw": ADAFISHERW,
+    },
+    "timm": {
+        "sgd": dict(lr=0.4, momentum=0.9, nesterov=True, weight_decay=2e-5),
+        "adamw": ADAMW,
+        "mac": dict(VIT_CURVATURE, damping=3.0, stat_decay=0.99, calibrate=False),
+        "nysact": dict(VIT_CURVATURE, rank=20, sketch="subcolumns"),
+        "foof": VIT_CURVATURE,
+        "kfac": dict(VIT_CURVATURE, damping=0.3, **KFAC),
+        "adafisher": ADAFISHER,
+        "adafisherw": ADAFISHERW,
+    },
+}
+# How a run is computed, which may change between two sessions; what is computed may not.
+MACHINE = ("batch_size", "accum", "world", "channels_last", "compile", "pretrained",
+           "grad_checkpointing")
 
 PROBABILITY = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 PIXELS = number(int, lambda v: 1 <= v <= 2 ** 14, "a whole number from 1 to 16384")
@@ -400,150 +395,128 @@ SHARE = number(float, lambda v: 0.01 <= v <= 1, "a number from 0.01 to 1")
 RATIO = number(float, lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100")
 
 
-def by_family(name):
-    """How --help shows a flag's value in FAMILIES."""
-    values = [RESNET[name], DEIT[name]]
-    shown = f"{values[0]} | {values[1]}" if values[0] != values[1] else str(values[0])
-    swin = FAMILIES["swin"][name]
-    return f"(default {shown}" + (f", for Swin {swin})" if swin != values[1] else ")")
+FLAGS = {
+    "what is trained": {
+        "data_dir --data_path": dict(type=user_path, help="folder that holds train/CLASS/* and "
+                                     "val/CLASS/*, or what images.py pack has written"),
+        "dummy": dict(nargs="?", const=4096, type=COUNT, help="train on N random images of 1000 "
+                      "classes instead (without N: 4096), and test on a quarter as many"),
+        "train_size": dict(type=COUNT, help="train on N of the images, taken evenly from the "
+                           "sorted list and so from all classes"),
+        "model": dict(default="resnet50", choices=IMAGENET_MODELS, help="%(choices)s"),
+        "pretrained": dict(type=user_path, nargs="?", const="", help="begin with these weights: a "
+                           "checkpoint.pt, or torchvision's or timm's file"),
+        "optim --opt": dict(default="mac", choices=list(RECIPES["timm"]), help="%(choices)s"),
+        "seed --run": dict(default=0, type=SEED, help="of everything random")},
+    "optimizer (who takes a flag, and its value where not given; a | b: in ResNets | else)": {
+        **{name + dict(weight_decay=" --wd", tinv=" --update", rank=" --rank_size").get(name, ""):
+           settings for name, settings in OPTIMIZER_FLAGS.items()},
+        "norm_weight_decay": dict(
+            type=NOT_NEGATIVE, help="weight decay of normalisation layers, and in DeiT and Swin of "
+            "all biases, positions and class tokens; None: as the others"),
+        "clip_grad --clip_grad_norm": dict(
+            default=0.0, type=NOT_NEGATIVE, help="scale the gradient down to this norm before it "
+            "is preconditioned; 0: never")},
+    "training": {
+        "batch_size -b": dict(type=COUNT, help="images per process and micro-batch"),
+        "accum --grad_accum_steps": dict(
+            default=1, type=COUNT,
+            help="micro-batches per step, which takes processes × batch_size × accum images"),
+        "epochs --epoch": dict(type=COUNT, help="passes over the training set"),
+        "schedule --lr_scheduler --sched": dict(
+            choices=("steplr", "cosineannealinglr", "cosine", "constant"),
+            help="the rate after warm-up: a step every --lr_step_size epochs, or a cosine over the "
+            "epochs after warm-up, or (cosine) over all, of which warm-up hides the first"),
+        "warmup --lr_warmup_epochs --warmup_epochs": dict(
+            type=NOT_NEGATIVE, help="epochs of warm-up; may be more than there are"),
+        "warmup_method --lr_warmup_method": dict(
+            choices=("linear", "constant"),
+            help="grow to --lr, or stay at the warm-up's first rate until its end"),
+        "warmup_decay --lr_warmup_decay": dict(
+            type=PROBABILITY, help="first rate of the warm-up as a fraction of --lr"),
+        "warmup_lr": dict(type=NOT_NEGATIVE, help="first rate itself instead"),
+        "lr_min --min_lr": dict(type=NOT_NEGATIVE, help="where the cosine ends"),
+        "lr_step_size": dict(type=COUNT, help="epochs, of steplr"),
+        "lr_gamma": dict(type=POSITIVE, help="factor of steplr"),
+        "label_smoothing --smoothing": dict(
+            type=FRACTION, help="label smoothing; the test loss is without"),
+        "mixup --mixup_alpha": dict(
+            default=0.0, type=NOT_NEGATIVE,
+            help="mix images in pairs by a share from Beta(X, X); 0 is off"),
+        "cutmix --cutmix_alpha": dict(
+            default=0.0, type=NOT_NEGATIVE, help="paste a box of another image, of an area from "
+            "Beta(X, X) (in the released code from mixup's); of both each batch takes one"),
+        "mixup_prob": dict(type=PROBABILITY, help="share of the batches that are mixed at all"),
+        "mixup_switch_prob": dict(
+            type=PROBABILITY, help="share of them that take cutmix, where both are on"),
+        "drop": dict(default=0.0, type=FRACTION, help="dropout before the classifier"),
+        "drop_path": dict(
+            type=FRACTION, help="stochastic depth: how often the last block is skipped"),
+        "model_ema": dict(
+            default=False, help="also test an exponential moving average of the weights"),
+        "model_ema_steps": dict(type=COUNT, help="steps between its updates"),
+        "model_ema_decay": dict(type=FRACTION, help="its decay; in ResNets 1 - decay is scaled by "
+                                "global batch × steps / epochs")},
+    "images": {
+        "auto_augment --aa": dict(
+            type=str.lower, help="ta_wide, or RandAugment as rand-m9-mstd0.5-inc1; needs Pillow"),
+        "random_erase --reprob": dict(
+            default=0.0, type=PROBABILITY, help="share of images that lose a box"),
+        "remode": dict(choices=("const", "rand", "pixel"),
+                       help="what fills it: zeros, one random colour, or noise"),
+        "ra_sampler": dict(default=False, help="repeated augmentation, with --ra_reps"),
+        "ra_reps": dict(type=COUNT, help="how often an image comes in a row, on different ranks; "
+                        "without: 3"),
+        "aug_repeats": dict(type=COUNT_OR_ZERO, help="both in one; 0 is off"),
+        "train_crop_size --img_size": dict(
+            default=224, type=PIXELS, help="side of the training images in pixels"),
+        "input_size": dict(type=PIXELS, nargs=3, help="the same in another form: 3 N N"),
+        "val_crop_size": dict(type=PIXELS, help="side of the test images; without: in ResNets 224, "
+                              "else that of the training images"),
+        "val_resize_size": dict(type=PIXELS, help="shorter side before this crop; without: in "
+                                "ResNets 256, else by --crop_pct"),
+        "crop_pct": dict(type=SHARE, help="val_crop_size / val_resize_size, instead"),
+        "interpolation": dict(choices=("bilinear", "bicubic"),
+                              help="for test images, and in ResNets for both"),
+        "train_interpolation": dict(choices=("bilinear", "bicubic", "random"),
+                                    help="for training images"),
+        "color_jitter": dict(type=NOT_NEGATIVE, help="strength of colour jitter; off where "
+                             "--auto_augment is given"),
+        "hflip": dict(default=0.5, type=PROBABILITY, help="share of mirrored images"),
+        "scale": dict(default=[0.08, 1.0], nargs=2, type=PROBABILITY,
+                      help="least and largest share of an image's area in its crop"),
+        "ratio": dict(default=[3 / 4, 4 / 3], nargs=2, type=RATIO,
+                      help="least and largest width / height of a crop"),
+        "mean": dict(default=[0.485, 0.456, 0.406], nargs=3, type=PROBABILITY,
+                     help="of the pixels, in red, green and blue"),
+        "std": dict(default=[0.229, 0.224, 0.225], nargs=3, type=POSITIVE,
+                    help="their deviation")},
+    "machine and files": {
+        "amp_dtype": dict(
+            choices=("bfloat16", "float16"), help="of autocast: without, bfloat16 where the device "
+            "has it; float16 as published for DeiT and Swin, with a GradScaler. Without --amp, "
+            "matrix products on a GPU are in TF32"),
+        "channels_last": dict(default=False, help="NHWC memory format"),
+        "grad_checkpointing": dict(
+            default=False, help="keep no activations inside of blocks, and compute them again in "
+            "the backward pass"),
+        "sync_bn": dict(default=False, help="BatchNorm over the images of all GPUs; without, of "
+                        "each, and averaged for testing"),
+        "workers -j": dict(type=COUNT_OR_ZERO, help="processes per process that read images; "
+                           "without, its share of the CPU cores, at most 16"),
+        "pin_mem": dict(default=True, help="page-locked memory for copies to a GPU"),
+        "print_freq --log_interval": dict(
+            default=50, type=COUNT, help="steps between two looks at the loss"),
+        "test_only": dict(default=False, help="test the weights of --pretrained, or of the "
+                          "checkpoint in the run's folder"),
+        **machine_flags("runs/imagenet-MODEL-OPTIM/SEED")},
+}
 
 
 def parse(argv):
     """The command line; flags of FAMILIES and RECIPES that were not given are None."""
-    parser = parser_of("train_imagenet.py", __doc__, " a | b: for ResNets | for DeiT and Swin.")
-    add_run_flags(parser.add_argument_group("what is trained"))
-    group = parser.add_argument_group("optimizer (who takes a flag, and its value where it is not "
-                                      "given)")
-    add_optimizer_flags(group, *RECIPES.values(), weight_decay=["--wd"], tinv=["--update"],
-                        rank=["--rank_size"])
-    flag(group, "norm_weight_decay", type=NOT_NEGATIVE, metavar="X",
-         help="weight decay of normalisation layers, and in DeiT and Swin of all biases, positions "
-         f"and class tokens; None means as the others {by_family('norm_weight_decay')}")
-    flag(group, "clip_grad", "--clip_grad_norm", default=0.0, type=NOT_NEGATIVE, metavar="X",
-         help="scale the gradient down to this norm before it is preconditioned; 0: never")
-    add_schedule_flags(parser.add_argument_group("training"))
-    add_image_flags(parser.add_argument_group("images"))
-    group = parser.add_argument_group("machine and files")
-    flag(group, "amp_dtype", choices=("bfloat16", "float16"), **WORD,
-         help="of autocast: without, bfloat16 where the device has it; float16 as published for "
-         "DeiT and Swin, with a GradScaler. Without --amp, matrix products on a GPU are in TF32")
-    flag(group, "channels_last", default=False, **SWITCH, help="NHWC memory format")
-    flag(group, "grad_checkpointing", default=False, **SWITCH,
-         help="keep no activations inside of blocks, and compute them again in the backward pass")
-    flag(group, "sync_bn", default=False, **SWITCH,
-         help="BatchNorm over the images of all GPUs; without, of each, and averaged for testing")
-    flag(group, "workers", "-j", type=COUNT_OR_ZERO, metavar="N",
-         help="processes per process that read images; without, its share of the CPU cores, at "
-         "most 16")
-    flag(group, "pin_mem", default=True, **SWITCH, help="page-locked memory for copies to a GPU")
-    flag(group, "print_freq", "--log_interval", default=50, type=COUNT, metavar="N",
-         help="steps between two looks at the loss")
-    flag(group, "test_only", default=False, **SWITCH,
-         help="test the weights of --pretrained, or of the checkpoint in the run's folder")
-    add_machine_flags(group, "runs/imagenet-MODEL-OPTIM/SEED")
-    return parser.parse_args(argv)
-
-
-def add_run_flags(group):
-    flag(group, "data_dir", "--data_path", type=user_path, metavar="DIR",
-         help="folder that holds train/CLASS/* and val/CLASS/*, or what images.py pack has written")
-    flag(group, "dummy", nargs="?", const=4096, type=COUNT, metavar="N",
-         help="train on N random images of 1000 classes instead (without N: 4096), and test on a "
-         "quarter as many")
-    flag(group, "train_size", type=COUNT, metavar="N",
-         help="train on N of the images, taken evenly from the sorted list and so from all classes")
-    flag(group, "model", default="resnet50", choices=list(IMAGENET_MODELS), **NAME,
-         help="%(choices)s")
-    flag(group, "pretrained", type=user_path, nargs="?", const="", metavar="FILE",
-         help="begin with these weights: a checkpoint.pt, or torchvision's or timm's file")
-    flag(group, "optim", "--opt", default="mac", choices=list(RECIPES["timm"]), **NAME,
-         help="%(choices)s")
-    flag(group, "seed", "--run", default=0, type=SEED, metavar="SEED", help="of everything random")
-
-
-def add_schedule_flags(group):
-    def family_flag(name, *alias, help, **kwargs):
-        flag(group, name, *alias, help=f"{help} {by_family(name)}", **kwargs)
-    family_flag("batch_size", "-b", type=COUNT, metavar="N",
-                help="images per process and micro-batch")
-    flag(group, "accum", "--grad_accum_steps", default=1, type=COUNT, metavar="N",
-         help="micro-batches per step, so a step takes processes × batch_size × accum images")
-    family_flag("epochs", "--epoch", type=COUNT, metavar="N", help="passes over the training set")
-    family_flag(
-        "schedule", "--lr_scheduler", "--sched", **WORD,
-        choices=("steplr", "cosineannealinglr", "cosine", "constant"),
-        help="the rate after warm-up: a step every --lr_step_size epochs, or a cosine over the "
-        "epochs after warm-up, or (cosine) over all epochs, of which warm-up hides the first")
-    family_flag("warmup", "--lr_warmup_epochs", "--warmup_epochs", type=NOT_NEGATIVE, metavar="X",
-                help="epochs of warm-up; may be more than there are")
-    family_flag("warmup_method", "--lr_warmup_method", choices=("linear", "constant"), **WORD,
-                help="grow to --lr, or stay at the warm-up's first rate until its end")
-    family_flag("warmup_decay", "--lr_warmup_decay", type=PROBABILITY, metavar="X",
-                help="first rate of the warm-up as a fraction of --lr")
-    family_flag("warmup_lr", type=NOT_NEGATIVE, metavar="X", help="first rate itself instead")
-    family_flag("lr_min", "--min_lr", type=NOT_NEGATIVE, metavar="X", help="where the cosine ends")
-    family_flag("lr_step_size", type=COUNT, metavar="N", help="epochs, of steplr")
-    family_flag("lr_gamma", type=POSITIVE, metavar="X", help="factor of steplr")
-    family_flag("label_smoothing", "--smoothing", type=FRACTION, metavar="X",
-                help="label smoothing; the test loss is without")
-    flag(group, "mixup", "--mixup_alpha", default=0.0, type=NOT_NEGATIVE, metavar="X",
-         help="mix images in pairs by a share from Beta(X, X); 0 is off")
-    flag(group, "cutmix", "--cutmix_alpha", default=0.0, type=NOT_NEGATIVE, metavar="X",
-         help="paste a box of another image, of an area from Beta(X, X) (in the released code from "
-         "mixup's); of both each batch takes one")
-    family_flag("mixup_prob", type=PROBABILITY, metavar="X",
-                help="share of the batches that are mixed at all")
-    family_flag("mixup_switch_prob", type=PROBABILITY, metavar="X",
-                help="share of them that take cutmix, where both are on")
-    flag(group, "drop", default=0.0, type=FRACTION, metavar="X",
-         help="dropout before the classifier")
-    family_flag("drop_path", type=FRACTION, metavar="X",
-                help="stochastic depth: how often the last block is skipped")
-    flag(group, "model_ema", default=False, **SWITCH,
-         help="also test an exponential moving average of the weights")
-    family_flag("model_ema_steps", type=COUNT, metavar="N", help="steps between its updates")
-    family_flag("model_ema_decay", type=FRACTION, metavar="X",
-                help="its decay; in ResNets 1 - decay is scaled by global batch × steps / epochs")
-
-
-def add_image_flags(group):
-    flag(group, "auto_augment", "--aa", type=str.lower, metavar="POLICY",
-         help="ta_wide, or RandAugment as in rand-m9-mstd0.5-inc1; needs Pillow")
-    flag(group, "random_erase", "--reprob", default=0.0, type=PROBABILITY, metavar="X",
-         help="share of images that lose a box")
-    flag(group, "remode", choices=("const", "rand", "pixel"), **WORD,
-         help=f"what fills it: zeros, one random colour, or noise {by_family('remode')}")
-    flag(group, "ra_sampler", default=False, **SWITCH,
-         help="repeated augmentation, with --ra_reps")
-    flag(group, "ra_reps", type=COUNT, metavar="N",
-         help="how often an image comes in a row, on different ranks; without: 3")
-    flag(group, "aug_repeats", type=COUNT_OR_ZERO, metavar="N", help="both in one; 0 is off")
-    flag(group, "train_crop_size", "--img_size", default=224, type=PIXELS, metavar="N",
-         help="side of the training images in pixels")
-    flag(group, "input_size", type=PIXELS, nargs=3, metavar=("C", "H", "W"),
-         help="the same in another form: 3 N N")
-    flag(group, "val_crop_size", type=PIXELS, metavar="N",
-         help="side of the test images (default 224 | that of the training images)")
-    flag(group, "val_resize_size", type=PIXELS, metavar="N",
-         help="shorter side before this crop (default 256 | by --crop_pct)")
-    flag(group, "crop_pct", type=SHARE, metavar="X",
-         help="val_crop_size / val_resize_size, instead")
-    flag(group, "interpolation", choices=("bilinear", "bicubic"), **WORD,
-         help=f"for test images, and in ResNets for both {by_family('interpolation')}")
-    flag(group, "train_interpolation", choices=("bilinear", "bicubic", "random"), **WORD,
-         help=f"for training images {by_family('train_interpolation')}")
-    flag(group, "color_jitter", type=NOT_NEGATIVE, metavar="X", help="strength of colour jitter; "
-         f"off where --auto_augment is given {by_family('color_jitter')}")
-    flag(group, "hflip", default=0.5, type=PROBABILITY, metavar="X",
-         help="share of mirrored images")
-    flag(group, "scale", default=[0.08, 1.0], nargs=2, type=PROBABILITY, metavar="X",
-         help="least and largest share of an image's area in its crop")
-    flag(group, "ratio", default=[3 / 4, 4 / 3], nargs=2, type=RATIO, metavar="X",
-         help="least and largest width / height of a crop")
-    flag(group, "mean", default=[0.485, 0.456, 0.406], nargs=3, type=PROBABILITY, metavar="X",
-         help="of the pixels, in red, green and blue")
-    flag(group, "std", default=[0.229, 0.224, 0.225], nargs=3, type=POSITIVE, metavar="X",
-         help="their deviation")
+    return parser_of("train_imagenet.py", __doc__, FLAGS, RECIPES.values(), [FAMILIES]
+                     ).parse_args(argv)
 
 
 def family(model):
@@ -554,9 +527,7 @@ def resolve(args, ranks):
     """All that decides a run: flags as given, or as its model and its optimizer have them."""
     ours = family(args.model)
     config = dict(model=args.model, optim=args.optim, seed=args.seed)
-    for name, default in (ours | RECIPES[ours["recipe"]][args.optim]).items():
-        given = getattr(args, name, None)
-        config[name] = default if given is None else given
+    config |= chosen(args, ours | RECIPES[ours["recipe"]][args.optim])
     for name in ("clip_grad", "accum", "mixup", "cutmix", "drop", "model_ema", "auto_augment",
                  "random_erase", "hflip", "scale", "ratio", "mean", "std", "amp", "channels_last",
                  "compile", "grad_checkpointing", "sync_bn", "pretrained"):
@@ -620,20 +591,19 @@ def check(args, config, device):
 
 def note_idle(args, config):
     """A note on flags that were given and are without effect."""
-    mixing, schedule = args.mixup or args.cutmix, config["schedule"]
-    idle = {"a run without --model_ema": () if args.model_ema else (
-                "model_ema_steps", "model_ema_decay"),
-            "a run without --mixup and --cutmix": () if mixing else ("mixup_prob",),
-            "a run without both --mixup and --cutmix": () if args.mixup and args.cutmix else (
-                "mixup_switch_prob",),
-            "a run without --random_erase": () if args.random_erase else ("remode",),
-            "a run without --ra_sampler": () if args.ra_sampler else ("ra_reps",),
-            "a run without warm-up": () if config["warmup"] else (
-                "warmup_method", "warmup_decay", "warmup_lr"),
-            f"--schedule {schedule}": (() if schedule == "steplr" else ("lr_step_size", "lr_gamma"))
-            + (() if schedule.startswith("cosine") else ("lr_min",))}
-    for where, names in idle.items():
-        note_unused({name for name in names if getattr(args, name) is not None}, where)
+    schedule = config["schedule"]
+    for names, used, where in (
+            ("model_ema_steps model_ema_decay", args.model_ema, "a run without --model_ema"),
+            ("mixup_prob", args.mixup or args.cutmix, "a run without --mixup and --cutmix"),
+            ("mixup_switch_prob", args.mixup and args.cutmix,
+             "a run without both --mixup and --cutmix"),
+            ("remode", args.random_erase, "a run without --random_erase"),
+            ("ra_reps", args.ra_sampler, "a run without --ra_sampler"),
+            ("warmup_method warmup_decay warmup_lr", config["warmup"], "a run without warm-up"),
+            ("lr_step_size lr_gamma", schedule == "steplr", f"--schedule {schedule}"),
+            ("lr_min", schedule.startswith("cosine"), f"--schedule {schedule}")):
+        if not used:
+            note_unused({name for name in names.split() if getattr(args, name) is not None}, where)
     if config["world"] == 1 and (args.ra_sampler or (args.aug_repeats or 0) > 1):
         tell("note: one process alone takes each image once, without repeated augmentation")
 
@@ -677,15 +647,6 @@ def open_loaders(args, config, ranks, training, test):
     return train, images.ImageLoader(test, transform, config["batch_size"], train=False, **same)
 
 
-def check_last_batch(config, train):
-    """Refuse what BatchNorm cannot normalise in training: one image, whose last map is 1 × 1."""
-    small = config["recipe"] == "torchvision" and config["train_crop_size"] <= 32
-    if small and train is not None and len(train.plan[-1][0]) == 1:
-        raise UsageError(f"--batch_size {config['batch_size']} leaves one image for the last batch "
-                         f"of a process, and BatchNorm needs two where {config['model']} is given "
-                         f"{config['train_crop_size']} pixels: choose another batch size")
-
-
 def run_folder(args):
     folder = Path("runs", f"imagenet-{args.model}-{args.optim}", str(args.seed))
     return folder if args.output_dir is None else Path(args.output_dir)
@@ -695,8 +656,14 @@ def prepare(args, ranks, stop):
     """Everything that can be wrong with a command: the Setup."""
     config = resolve(args, ranks)
     check(args, config, ranks.device)
+    folder = run_folder(args)
     if not args.test_only:
-        check_folder(run_folder(args), args.resume)
+        check_folder(folder, args.resume)
+    elif not args.pretrained:
+        config["pretrained"] = folder / "checkpoint.pt"
+        if not config["pretrained"].exists():
+            raise UsageError(f"--test_only: there is no checkpoint in {folder}; name its folder "
+                             "with --output_dir, or weights with --pretrained")
     training, test = open_sources(args, config)
     config.update(train_size=None if training is None else len(training),
                   classes=len(test.classes), data="-".join(
@@ -707,8 +674,12 @@ def prepare(args, ranks, stop):
         mixup_alpha=config["mixup"], cutmix_alpha=config["cutmix"],
         mixup_prob=config["mixup_prob"], switch_prob=config["mixup_switch_prob"],
         smoothing=config["label_smoothing"])
-    loaders = open_loaders(args, config, ranks, training, test)
-    check_last_batch(config, loaders[0])
+    loaders = train, _ = open_loaders(args, config, ranks, training, test)
+    small = config["recipe"] == "torchvision" and config["train_crop_size"] <= 32
+    if small and train is not None and len(train.plan[-1][0]) == 1:      # the last map is 1 × 1
+        raise UsageError(f"--batch_size {config['batch_size']} leaves one image for the last batch "
+                         f"of a process, and BatchNorm needs two where {config['model']} is given "
+                         f"{config['train_crop_size']} pixels: choose another batch size")
     for source, split in ((training, "training"), (test, "test")):
         if source is not None:
             print(f"{len(source)} {split} images of {len(source.classes)} classes: {source.where}")
@@ -717,30 +688,14 @@ def prepare(args, ranks, stop):
     return build(config, ranks, stop, *loaders, finish)
 
 
-def load_weights(setup, folder):
-    """Put the folder's checkpoint into the model; its moving average as another one, or None."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        raise UsageError(f"--test_only: there is no checkpoint in {folder}; name its folder with "
-                         "--output_dir, or weights with --pretrained")
-    saved, ema = read_checkpoint(path), None
-    try:
-        setup.model.load_state_dict(saved["model"])
-        if saved.get("ema"):
-            ema = copy.deepcopy(setup.model)
-            ema.load_state_dict(saved["ema"]["model"])
-    except RuntimeError as error:
-        raise UsageError(f"{path} does not fit {setup.config['model']} with "
-                         f"{setup.config['classes']} classes ({str(error).splitlines()[0]})")
-    return ema
-
-
-def test_only(setup, folder):
+def test_only(setup, args):
     """Accuracy of --pretrained, or of the checkpoint in the folder and its moving average."""
-    results, ema = {}, None
-    if not setup.config["pretrained"]:
-        ema = setup.ranks.together(lambda: load_weights(setup, folder))
-    if ema is not None:
+    results, saved = {}, {}
+    if not args.pretrained:                    # the model has its weights already
+        saved = setup.ranks.together(lambda: read_checkpoint(setup.config["pretrained"]))
+    if saved.get("ema"):
+        ema = copy.deepcopy(setup.model)
+        ema.load_state_dict(saved["ema"]["model"])
         results.update(zip(("ema_loss", "ema_acc", "ema_top5"), evaluate(setup, ema, "ema")))
     results.update(zip(("test_loss", "test_acc", "test_top5"),
                        evaluate(setup, setup.model, "test")))
@@ -753,14 +708,14 @@ def launch(args, stop):
     if ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = not args.test_only
         torch.set_float32_matmul_precision("high")       # statistics are exempt, see mac.py
-    setup, folder = ranks.together(lambda: prepare(args, ranks, stop)), run_folder(args)
-    config = setup.config
+    setup = ranks.together(lambda: prepare(args, ranks, stop))
+    config, folder = setup.config, run_folder(args)
     ranks.agree(dict(config, test_size=setup.test.count))
     try:
         if args.test_only:
-            print_record(test_only(setup, folder))
+            print_record(test_only(setup, args))
             return
-        describe(setup.model, setup.optimizer, config, ranks.device)
+        describe(setup.model, setup.optimizer, config, ranks.device, folder)
         setup = wrap(setup)
         parts = dict(model=setup.model, optimizer=setup.optimizer, scaler=setup.scaler)
         if setup.ema is not None:
@@ -768,13 +723,10 @@ def launch(args, stop):
         # the number of epochs plays no part in these rates, nor in an average of constant weight
         free = config["schedule"] in ("steplr", "constant") and not (
             config["model_ema"] and config["recipe"] == "torchvision")
-        run = Run(folder, config, parts, COLUMNS, ranks, stop, args.checkpoint_minutes,
+        run = Run(folder, config, parts, args, ranks, stop,
                   (*MACHINE, "epochs") if free else MACHINE)
-        run.begin(args.resume, args.command)
-        if config.get("calibrate") and not run.rows and not run.progress:
+        if config.get("calibrate") and not run.resumed:
             calibrate(setup)
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         print_record(train(setup, run, args.print_freq))
     except RuntimeError as error:
         images.check_workers(error)            # torch's word that a worker was killed

@@ -37,107 +37,19 @@ import math
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import text as texts
+from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
+                   check_compiler, check_optimizers, chosen, machine_flags, make_optimizer,
+                   parser_of, several_flags, user_path)
 from models import GPT, GPT_SIZES
 from ranks import UsageError, start
-from run import (COUNT, COUNT_OR_ZERO, FRACTION, NAME, NOT_NEGATIVE, POSITIVE, SWITCH, WORD, Run,
-                 add_machine_flags, add_optimizer_flags, add_several_flags, check_compiler,
-                 check_optimizers, describe, flag, make_optimizer, parser_of, peak_memory,
-                 print_record, print_table, run_folders, run_script, summarise, user_path)
-
-# A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
-# of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
-# decay of its image networks. mac: damping and periods of MAC's nanoGPT folder, decay of its other
-# Transformers. The other rates suit small networks (results/tinyshakespeare/rates.csv); none are
-# published for this task with embeddings that are learned.
-SGD = dict(lr=0.3, momentum=0.9, nesterov=False, weight_decay=1e-4, embedding_lr=1.0)
-CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
-# Embeddings take F̃ = 1, a thousandth of the step of a layer's flat directions: hence embedding_lr.
-ADAFISHER = dict(lr=1e-4, beta=0.9, gamma=0.8, tcov=100, averaging="released", damping=1e-3,
-                 weight_decay=0.1, embedding_lr=1000.0)
-RECIPES = {
-    "sgd": SGD,
-    "adam": dict(lr=1e-3, weight_decay=0.0, embedding_lr=1.0),
-    "adamw": dict(lr=1e-3, weight_decay=0.1, embedding_lr=1.0),
-    "mac": dict(CURVATURE, tinv=5),
-    "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
-    "foof": CURVATURE,
-    "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
-                 weight_sharing="expand", kl_clip=1e-3),
-    "adafisher": dict(ADAFISHER, weight_decay=5e-4),
-    "adafisherw": ADAFISHER,
-}
-COLUMNS = ("epoch", "lr", "train_loss", "train_perplexity", "valid_loss", "valid_perplexity",
-           "seconds", "peak_memory")
-MACHINE = ("accumulate", "compile")            # what may change when a run is resumed
-
-
-# ---------------------------------------------------------------------------------------------
-# Model, optimizer, learning rate
-# ---------------------------------------------------------------------------------------------
-
-def build(config, device):
-    """The network and its optimizer on the device. One seed, one initialisation."""
-    torch.manual_seed(config["seed"])
-    optim, vocabulary = config["optim"], config["vocabulary"]
-    if optim == "kfac" and not config["tied"] and vocabulary > 2 ** 13:
-        raise UsageError(f"--optim kfac with --untied would factor the head's {vocabulary}×"
-                         f"{vocabulary} matrix: leave out --untied, and the head takes the plain "
-                         "step")
-    names = ("vocabulary", "context", "layers", "heads", "width", "bias", "tied", "dropout")
-    try:
-        model = GPT(**{name: config[name] for name in names}).to(device)
-        more = dict(loss_terms="tokens") if optim == "kfac" else {}
-        return model, make_optimizer(model, parameter_groups(model, config), config,
-                                     RECIPES[optim], **more)
-    except ValueError as error:  # an impossible combination, in the words of who refused it
-        raise UsageError(str(error))
-
-
-def parameter_groups(model, config):
-    """Matrices, vectors, embeddings: decay for all but the vectors, embedding_lr for the last.
-
-    "rate" is a group's multiple of the learning rate. Decoupled decay is lr·wd a step: in the
-    embeddings' group wd is divided by the multiple, so that they shrink as the matrices do.
-    """
-    embeddings = [model.wte.weight, model.wpe.weight]
-    others = [p for p in model.parameters() if not any(p is e for e in embeddings)]
-    rate, decay = config["embedding_lr"], config["weight_decay"]
-    decoupled = config["optim"] in ("adamw", "adafisherw") or config.get("decoupled_weight_decay")
-    return [dict(params=[p for p in others if p.dim() == 2], rate=1.0),
-            dict(params=[p for p in others if p.dim() < 2], rate=1.0, weight_decay=0.0),
-            dict(params=embeddings, rate=rate, weight_decay=decay / rate if decoupled else decay)]
-
-
-def make_forward(model, optimizer, config, ranks):
-    """Tokens → logits in float32. The optimizer's hooks are on the model before this wraps it."""
-    wrapped = ranks.wrap(model)
-    compiled = torch.compile(wrapped) if config["compile"] else wrapped
-
-    def forward(x):
-        # the hooks of a step that feeds statistics would break the compiled graph
-        call = wrapped if getattr(optimizer, "collecting", False) else compiled
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config["amp"]):
-            return call(x).float()
-    forward.no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
-    return forward
-
-
-def learning_rate(config, step, steps):
-    """The rate at step `step` of `steps` in all, from 0: a function of nothing else."""
-    lr, warmup = config["lr"], config["warmup"]
-    if step < warmup:            # from the first step on more than zero, and full at step = warmup
-        return lr * (step + 1) / (warmup + 1)
-    if config["schedule"] == "constant":
-        return lr
-    low = config["min_lr"]
-    wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-    return lr * (low + (1 - low) * wave)
+from run import Run, describe, run_folders, run_script, train_all
 
 
 # ---------------------------------------------------------------------------------------------
@@ -225,90 +137,170 @@ def write(model, text, count, seed):
 
 
 def train(config, text, folder, args, ranks, stop):
-    """One run, from its checkpoint if it has one: its record and its log."""
+    """One run, from its checkpoint if it has one: its record."""
     model, optimizer = build(config, ranks.device)
-    print(f"\n{config['optim']}, seed {config['seed']}, in {folder}", flush=True)
-    if config["seed"] == args.seed[0]:
-        describe(model, optimizer, config, ranks.device)
-    run = Run(folder, config, dict(model=model, optimizer=optimizer), COLUMNS, ranks, stop,
-              args.checkpoint_minutes,
-              MACHINE if config["schedule"] == "cosine" else (*MACHINE, "epochs"))
-    run.begin(args.resume, args.command)
+    describe(model, optimizer, config, ranks.device, folder, config["seed"] == args.seed[0])
+    free = () if config["schedule"] == "cosine" else ("epochs",)    # of which no rate depends
+    run = Run(folder, config, dict(model=model, optimizer=optimizer), args, ranks, stop,
+              MACHINE + free)
     forward = make_forward(model, optimizer, config, ranks)
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     for epoch in range(len(run.rows), config["epochs"]):
         with run.epoch(epoch) as progress:
             train_epoch(run, forward, text, epoch)
             loss, *_ = progress.means()
             valid = evaluate(model, text.valid, config, ranks, stop)
-        run.add(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], train_loss=loss,
-                     train_perplexity=perplexity(loss), valid_loss=valid,
-                     valid_perplexity=perplexity(valid), seconds=round(progress.seconds, 3),
-                     peak_memory=round(peak_memory(ranks.device), 1)),
-                f"train {loss:.4f}  valid {valid:.4f}  perplexity {perplexity(valid):.2f}")
+        run.add(f"train {loss:.4f}  valid {valid:.4f}  perplexity {perplexity(valid):.2f}",
+                lr=optimizer.param_groups[0]["lr"], train_loss=loss,
+                train_perplexity=perplexity(loss), valid_loss=valid,
+                valid_perplexity=perplexity(valid))
     if args.sample and ranks.rank == 0:
         print(f"sample: {write(model, text, args.sample, config['seed'])!r}", flush=True)
-    return run.finish(), run.rows
+    return run.finish()
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line
+# Model, optimizer, learning rate
 # ---------------------------------------------------------------------------------------------
+
+def build(config, device):
+    """The network and its optimizer on the device. One seed, one initialisation."""
+    torch.manual_seed(config["seed"])
+    optim, vocabulary = config["optim"], config["vocabulary"]
+    if optim == "kfac" and not config["tied"] and vocabulary > 2 ** 13:
+        raise UsageError(f"--optim kfac with --untied would factor the head's {vocabulary}×"
+                         f"{vocabulary} matrix: leave out --untied, and the head takes the plain "
+                         "step")
+    names = ("vocabulary", "context", "layers", "heads", "width", "bias", "tied", "dropout")
+    try:
+        model = GPT(**{name: config[name] for name in names}).to(device)
+        more = dict(loss_terms="tokens") if optim == "kfac" else {}
+        return model, make_optimizer(model, parameter_groups(model, config), config,
+                                     RECIPES[optim], **more)
+    except ValueError as error:  # an impossible combination, in the words of who refused it
+        raise UsageError(str(error))
+
+
+def parameter_groups(model, config):
+    """Matrices, vectors, embeddings: decay for all but the vectors, embedding_lr for the last.
+
+    "rate" is a group's multiple of the learning rate. Decoupled decay is lr·wd a step: in the
+    embeddings' group wd is divided by the multiple, so that they shrink as the matrices do.
+    """
+    embeddings = [model.wte.weight, model.wpe.weight]
+    others = [p for p in model.parameters() if not any(p is e for e in embeddings)]
+    rate, decay = config["embedding_lr"], config["weight_decay"]
+    decoupled = config["optim"] in ("adamw", "adafisherw") or config.get("decoupled_weight_decay")
+    return [dict(params=[p for p in others if p.dim() == 2], rate=1.0),
+            dict(params=[p for p in others if p.dim() < 2], rate=1.0, weight_decay=0.0),
+            dict(params=embeddings, rate=rate, weight_decay=decay / rate if decoupled else decay)]
+
+
+def make_forward(model, optimizer, config, ranks):
+    """Tokens → logits in float32. The optimizer's hooks are on the model before this wraps it."""
+    wrapped = ranks.wrap(model)
+    compiled = torch.compile(wrapped) if config["compile"] else wrapped
+
+    def forward(x):
+        # the hooks of a step that feeds statistics would break the compiled graph
+        call = wrapped if getattr(optimizer, "collecting", False) else compiled
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config["amp"]):
+            return call(x).float()
+    forward.no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
+    return forward
+
+
+def learning_rate(config, step, steps):
+    """The rate at step `step` of `steps` in all, from 0: a function of nothing else."""
+    lr, warmup = config["lr"], config["warmup"]
+    if step < warmup:            # from the first step on more than zero, and full at step = warmup
+        return lr * (step + 1) / (warmup + 1)
+    if config["schedule"] == "constant":
+        return lr
+    low = config["min_lr"]
+    wave = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return lr * (low + (1 - low) * wave)
+
+
+# ---------------------------------------------------------------------------------------------
+# Recipes and the command line
+# ---------------------------------------------------------------------------------------------
+
+# A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
+# of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
+# decay of its image networks. mac: damping and periods of MAC's nanoGPT folder, decay of its other
+# Transformers. The other rates suit small networks (results/tinyshakespeare/rates.csv); none are
+# published for this task with embeddings that are learned.
+SGD = dict(lr=0.3, momentum=0.9, nesterov=False, weight_decay=1e-4, embedding_lr=1.0)
+CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
+# Embeddings take F̃ = 1, a thousandth of the step of a layer's flat directions: hence embedding_lr.
+ADAFISHER = dict(lr=1e-4, beta=0.9, gamma=0.8, tcov=100, averaging="released", damping=1e-3,
+                 weight_decay=0.1, embedding_lr=1000.0)
+RECIPES = {
+    "sgd": SGD,
+    "adam": dict(lr=1e-3, weight_decay=0.0, embedding_lr=1.0),
+    "adamw": dict(lr=1e-3, weight_decay=0.1, embedding_lr=1.0),
+    "mac": dict(CURVATURE, tinv=5),
+    "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
+    "foof": CURVATURE,
+    "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
+                 weight_sharing="expand", kl_clip=1e-3),
+    "adafisher": dict(ADAFISHER, weight_decay=5e-4),
+    "adafisherw": ADAFISHER,
+}
+MACHINE = ("accumulate", "compile")            # what may change when a run is resumed
+
+FLAGS = {
+    "what is trained": {
+        "dataset": dict(default="wikitext2", choices=texts.TEXTS,
+                        help="wikitext2 is read by words; grammar is generated, needs no download "
+                        "and is read by characters"),
+        "text": dict(type=user_path, help="read this UTF-8 file, plain or .gz, by characters; its "
+                     "last tenth is for validation"),
+        "data_dir": dict(default="data", type=user_path,
+                         help="folder that holds wikitext2, or receives it"),
+        "train_file": dict(type=str, help="file of wikitext2's folder to train on; without: "
+                           "train.txt"),
+        "valid_file": dict(type=str, help="file of wikitext2's folder to evaluate on; without: "
+                           "valid.txt, and test.txt for what papers report"),
+        "train_size": dict(type=COUNT, help="use the first N training tokens"),
+        "valid_size": dict(type=COUNT, help="use the first N validation tokens"),
+        "model": dict(default="minigpt", choices=GPT_SIZES, metavar="NAME",
+                      help="%(choices)s: sizes, which the next four flags change"),
+        "layers": dict(type=COUNT, help="blocks"),
+        "heads": dict(type=COUNT, help="heads of attention, a divisor of the width"),
+        "width": dict(type=COUNT, help="numbers per token"),
+        "context": dict(type=COUNT, help="tokens that the network sees at a time"),
+        "untied": dict(default=False, help="give the head a weight of its own, which is "
+                       "preconditioned; without: the token embedding's, which is not"),
+        "dropout": dict(default=0.0, type=FRACTION, help="dropout"),
+        **several_flags("adafisherw")},
+    "optimizer (who takes a flag, and the value where it is not given)": {
+        **{name: OPTIMIZER_FLAGS[name] for name in OPTIMIZER_FLAGS if name != "calibrate"},
+        "embedding_lr": dict(type=POSITIVE, help="learning rate of the embeddings, and of a head "
+                             "that shares theirs, as a multiple of --lr"),
+        "clip": dict(default=1.0, type=NOT_NEGATIVE, help="scale the gradient down to this norm "
+                     "before it is preconditioned; 0: never")},
+    "training": {
+        "batch_size": dict(default=32, type=COUNT,
+                           help="windows per step, over all ranks and micro-batches"),
+        "accumulate": dict(default=1, type=COUNT, help="take each step's windows in N "
+                           "micro-batches"),
+        "epochs --epoch": dict(default=50, type=COUNT, help="passes over the training text"),
+        "schedule": dict(default="cosine", choices=("cosine", "constant"),
+                         help="the learning rate after warm-up; it changes every step"),
+        "min_lr": dict(default=0.0, type=FRACTION, help="where cosine ends, as a fraction of --lr"),
+        "warmup": dict(default=100, type=COUNT_OR_ZERO,
+                       help="steps of linear warm-up; may be more than there are")},
+    "machine and files": {
+        "sample": dict(default=200, type=COUNT_OR_ZERO,
+                       help="tokens that the trained model writes at the end"),
+        **machine_flags("runs/TEXT-MODEL-OPTIM/SEED")},
+}
+
 
 def parse(argv):
     """The command line; flags of RECIPES and of the sizes that were not given are None."""
-    parser = parser_of("train_lm.py", __doc__)
-    group = parser.add_argument_group("what is trained")
-    flag(group, "dataset", default="wikitext2", choices=texts.TEXTS, **WORD,
-         help="wikitext2 is read by words; grammar is generated, needs no download and is read by "
-         "characters")
-    flag(group, "text", type=user_path, metavar="FILE", help="read this UTF-8 file, plain or .gz, "
-         "by characters; its last tenth is for validation")
-    flag(group, "data_dir", default="data", type=user_path, metavar="DIR",
-         help="folder that holds wikitext2, or receives it")
-    flag(group, "train_file", metavar="NAME",
-         help="file of wikitext2's folder to train on; without: train.txt")
-    flag(group, "valid_file", metavar="NAME", help="file of wikitext2's folder to evaluate on; "
-         "without: valid.txt, and test.txt for what papers report")
-    flag(group, "train_size", type=COUNT, metavar="N", help="use the first N training tokens")
-    flag(group, "valid_size", type=COUNT, metavar="N", help="use the first N validation tokens")
-    flag(group, "model", default="minigpt", choices=list(GPT_SIZES), **NAME,
-         help="%(choices)s: sizes, which the next four flags change")
-    flag(group, "layers", type=COUNT, metavar="N", help="blocks")
-    flag(group, "heads", type=COUNT, metavar="N", help="heads of attention, a divisor of the width")
-    flag(group, "width", type=COUNT, metavar="N", help="numbers per token")
-    flag(group, "context", type=COUNT, metavar="N", help="tokens that the network sees at a time")
-    flag(group, "untied", default=False, **SWITCH, help="give the head a weight of its own, which "
-         "is preconditioned; without: the token embedding's, which is not")
-    flag(group, "dropout", default=0.0, type=FRACTION, metavar="X", help="dropout")
-    add_several_flags(group, "adafisherw")
-    group = parser.add_argument_group(
-        "optimizer (who takes a flag, and the value where it is not given)")
-    add_optimizer_flags(group, RECIPES)
-    flag(group, "embedding_lr", type=POSITIVE, metavar="X", help="learning rate of the embeddings, "
-         "and of a head that shares theirs, as a multiple of --lr (1000 for adafisher, adafisherw; "
-         "else 1)")
-    flag(group, "clip", default=1.0, type=NOT_NEGATIVE, metavar="X",
-         help="scale the gradient down to this norm before it is preconditioned; 0: never")
-    group = parser.add_argument_group("training")
-    flag(group, "batch_size", default=32, type=COUNT, metavar="N",
-         help="windows per step, over all ranks and micro-batches")
-    flag(group, "accumulate", default=1, type=COUNT, metavar="N",
-         help="take each step's windows in N micro-batches")
-    flag(group, "epochs", "--epoch", default=50, type=COUNT, metavar="N",
-         help="passes over the training text")
-    flag(group, "schedule", default="cosine", choices=("cosine", "constant"), **WORD,
-         help="the learning rate after warm-up; it changes every step")
-    flag(group, "min_lr", default=0.0, type=FRACTION, metavar="X",
-         help="where cosine ends, as a fraction of --lr")
-    flag(group, "warmup", default=100, type=COUNT_OR_ZERO, metavar="N",
-         help="steps of linear warm-up; may be more than there are")
-    group = parser.add_argument_group("machine and files")
-    flag(group, "sample", default=200, type=COUNT_OR_ZERO, metavar="N",
-         help="tokens that the trained model writes at the end")
-    add_machine_flags(group, "runs/TEXT-MODEL-OPTIM/SEED")
-    return parser.parse_args(argv)
+    return parser_of("train_lm.py", __doc__, FLAGS, [RECIPES]).parse_args(argv)
 
 
 def resolve(args, optim, seed, text):
@@ -321,9 +313,7 @@ def resolve(args, optim, seed, text):
         if getattr(args, name) is not None:
             size[name] = getattr(args, name)
     config.update(size, bias=size.get("bias", True), optim=optim, seed=seed)
-    for name, default in RECIPES[optim].items():
-        given = getattr(args, name)
-        config[name] = default if given is None else given
+    config |= chosen(args, RECIPES[optim])
     for name in ("batch_size", "accumulate", "epochs", "schedule", "min_lr", "warmup", "clip",
                  "amp", "compile"):
         config[name] = getattr(args, name)
@@ -348,8 +338,8 @@ def check(args, ranks):
                          "(--accumulate)")
 
 
-def load(args, device):
-    """The text, on the device, and long enough for the command."""
+def load(args):
+    """The text, long enough for the command."""
     text = texts.load_text(args.dataset if args.text is None else Path(args.text), args.data_dir,
                            args.train_file, args.valid_file, args.train_size, args.valid_size)
     context = args.context or GPT_SIZES[args.model]["context"]
@@ -363,35 +353,48 @@ def load(args, device):
                          "are needed")
     print(f"{text_name(args)} ({text.source}): {len(text.train):,} training and "
           f"{len(text.valid):,} validation {text.unit}s, {len(text.vocabulary):,} different ones")
-    return text._replace(train=text.train.to(device), valid=text.valid.to(device))
+    for optim in args.optim[1:]:     # what is wrong with the second is said before the first trains
+        build(resolve(args, optim, args.seed[0], text), torch.device("cpu"))
+    return text
+
+
+def share(text, ranks):
+    """The text that the first process of each machine has; all of a machine map one copy of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = dict(train=f"{folder}/train.npy", valid=f"{folder}/valid.npy")
+
+        def write_files():
+            if text is not None:
+                for name, file in files.items():
+                    np.save(file, getattr(text, name).numpy())
+                return text._replace(**files)
+        theirs = ranks.gather(ranks.together(write_files))[ranks.rank - ranks.local]
+
+        def map_files():
+            return {name: torch.from_numpy(np.load(getattr(theirs, name), mmap_mode="c"))
+                    for name in files}
+        return theirs._replace(**ranks.together(map_files))      # then the files may go
 
 
 def prepare(args, ranks):
     """Everything that can be wrong with a command: the runs' folders, and the text."""
     check(args, ranks)
-    folders, text = run_folders(args, text_name(args)), load(args, ranks.device)
-    for optim in args.optim[1:]:     # what is wrong with the second is said before the first trains
-        build(resolve(args, optim, args.seed[0], text), torch.device("cpu"))
-    return folders, text
+    return run_folders(args, text_name(args)), load(args) if ranks.local == 0 else None
 
 
 def run_all(args, stop):
     """One run after another; ends with the table and the record."""
     ranks = start(args.device, stop)
     folders, text = ranks.together(lambda: prepare(args, ranks))
+    text = share(text, ranks) if ranks.world > 1 else text
+    text = text._replace(train=text.train.to(ranks.device), valid=text.valid.to(ranks.device))
     ranks.agree(resolve(args, args.optim[0], args.seed[0], text))
-    results = []
-    for optim in args.optim:
-        done = [train(resolve(args, optim, seed, text), text, folders[optim, seed], args, ranks,
-                      stop) for seed in args.seed]
-        results.append(summarise(*zip(*done), ["valid_loss", "valid_perplexity"]))
-    if len(results) > 1 or len(args.seed) > 1:
-        print_table(f"{args.model} on {text_name(args)} after epoch {args.epochs}, over all of the "
-                    "validation text", {"valid_loss": ("validation loss", 4),
-                                        "valid_perplexity": ("perplexity", 2)}, results)
-    print_record(dict(dataset=text_name(args), model=args.model, epochs=args.epochs,
-                      device=ranks.device.type, ranks=ranks.world, torch=torch.__version__,
-                      results=results))
+    train_all(args, f"{args.model} on {text_name(args)} after epoch {args.epochs}, over all of the "
+              "validation text",
+              dict(valid_loss=("validation loss", 4), valid_perplexity=("perplexity", 2)),
+              lambda optim, seed: train(resolve(args, optim, seed, text), text,
+                                        folders[optim, seed], args, ranks, stop),
+              dataset=text_name(args), device=ranks.device.type, ranks=ranks.world)
 
 
 def smoke(stop):
