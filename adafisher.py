@@ -113,6 +113,7 @@ from optimizer import DECAY, PERIOD, POSITIVE, Preconditioner, running_mean
 from patches import patch_sum
 from pooling import world_size
 from precision import at_least_float32, full_precision
+from sharding import local, local_rows
 
 
 def plain(W, steps, lr=1e-3, beta=0.9, weight_decay=0.0, damping=1e-3, gamma=0.8, tcov=100,
@@ -348,21 +349,21 @@ class AdaFisher(Preconditioner):
         if not params:
             return
         lr, decay = float(group["lr"]), group["weight_decay"]
-        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
+        grads = [p.grad.to_dense() if p.grad.is_sparse else local(p.grad) for p in params]
         if group["maximize"]:
             grads = torch._foreach_neg(grads)
         if decay and self.decoupled:
-            torch._foreach_mul_(params, 1 - lr * decay)
+            torch._foreach_mul_([local(p) for p in params], 1 - lr * decay)
         elif decay:
-            grads = torch._foreach_add(grads, params, alpha=decay)
+            grads = torch._foreach_add(grads, [local(p) for p in params], alpha=decay)
         moments = self.moments(group, params, grads)
         fisher = self.fisher(group)
         some, rest = [p for p in params if p in fisher], [p for p in params if p not in fisher]
         if some:
-            torch._foreach_addcdiv_(some, [moments[p] for p in some], [fisher[p] for p in some],
-                                    value=-lr)
+            torch._foreach_addcdiv_([local(p) for p in some], [moments[p] for p in some],
+                                    [fisher[p] for p in some], value=-lr)
         if rest:                                                                         # F̃ = 1
-            torch._foreach_add_(rest, [moments[p] for p in rest], alpha=-lr)
+            torch._foreach_add_([local(p) for p in rest], [moments[p] for p in rest], alpha=-lr)
 
     def moments(self, group, params, grads):
         """(6)  {parameter: m̂}; those that have had as many gradients go together."""
@@ -372,7 +373,7 @@ class AdaFisher(Preconditioner):
             if "momentum_buffer" not in state:
                 state.update(momentum_buffer=torch.zeros_like(p), moments=0)
             state["moments"] += 1
-            found[p] = state["momentum_buffer"]
+            found[p] = local(state["momentum_buffer"])
             buffers, new = ages.setdefault(state["moments"], ([], []))
             buffers.append(found[p])
             new.append(grad)
@@ -386,7 +387,8 @@ class AdaFisher(Preconditioner):
         mine, found, products = set(group["params"]), {}, []
         for params, S, H in self.factors:
             if not mine.isdisjoint(params):
-                products.append((S * H).view(len(params), *params[0].shape))
+                product = (S * H).view(len(params), *params[0].shape)
+                products.append(product[:, local_rows(params[0])])
                 found.update(zip(params, products[-1]))
         if products:
             torch._foreach_add_(products, group["damping"])

@@ -227,7 +227,7 @@ class Attention:
                 [token[0][0]] + [a for i, a in enumerate(token[1:-1]) if i not in others]))
             if layer.bias is not None:
                 total = torch.cat([total, t.sum()[None]])
-        use = Use("values", None, None, out.shape, rows, slice(None), layer.blocks)
+        use = Use("values", None, None, out.shape, rows, slice(layer.blocks, None))
         self.watcher.when_backpropagated(layer, use, {"mean": total[None]}, rows, out)
 
 

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
 from precision import full_precision
+from sharding import Unsharded, is_sharded
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -44,7 +45,6 @@ class Use:
     shape: torch.Size               # of the output, and so of its gradient; 4-D of a convolution
     rows: int                       # how many rows a the weight multiplied
     blocks: slice                   # those of the layer's blocks whose rows of the weight took part
-    of: int                         # how many blocks the layer had then
     geometry: Geometry = None       # of a convolution
     norm: dict = None               # of a norm: its other arguments
     batch: int = None               # in nn.MultiheadAttention, whose rows are (positions, batch)
@@ -57,7 +57,6 @@ class Layer:
     def __init__(self, name, weight, bias, kind, blocks=1, bias_rows=None, transposed=False):
         self.name, self.weight, self.bias, self.kind = name, weight, bias, kind
         self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
-        self.own_blocks = blocks         # as the module has them; MAC may divide these
         self.transposed = transposed     # the weight is (d, out), not (out, d)
         self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
         # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
@@ -86,17 +85,15 @@ class Layer:
         self.calls = set()               # the pairs (call of the model, backward pass) behind them
 
     def add(self, name, total, rows, blocks=slice(None)):
-        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks.
-
-        blocks: a slice or a list of numbers.
-        """
+        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks."""
         shape = self.measured[name]
         old, counts = self.pending.get(name, (None, [0] * shape[0]))
-        if blocks != slice(None) or len(total) != shape[0]:
+        numbers = range(shape[0])[blocks]
+        if len(numbers) < shape[0] or len(total) < shape[0]:
             whole = total.new_zeros(shape)
             whole[blocks] = total
             total = whole
-        for i in range(shape[0])[blocks] if isinstance(blocks, slice) else blocks:
+        for i in numbers:
             counts[i] += rows
         self.pending[name] = total if old is None else total + old, counts
 
@@ -173,6 +170,7 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.optimizer = weakref.ref(optimizer)
         self.layers = {}                       # weight: Layer
+        self.parameter = Unsharded(nn.Module())    # that a weight in a forward pass stands for
         self.on = True                         # set by step(); constant during a forward pass
         self.local = threading.local()         # inside: watched modules being called, outer first
         self.attention = None                  # follows attention through a forward pass, for MAC
@@ -240,11 +238,11 @@ class Watcher(TorchFunctionMode):
 
     def find(self, weight):
         """(layer, its rows that this tensor holds, is it transposed?) or None."""
-        layer = self.layers.get(weight)
+        layer = self.layers.get(self.parameter(weight))
         if layer is not None:
             return (layer, slice(0, layer.out), False) if layer.active else None
         base = weight._base if isinstance(weight, torch.Tensor) else None
-        layer = self.layers.get(base)
+        layer = self.layers.get(self.parameter(base))
         if layer is None or not layer.active:
             return None
         if weight.dim() == 2 == base.dim() and weight.shape == base.shape[::-1] \
@@ -267,16 +265,16 @@ class Watcher(TorchFunctionMode):
     def use_of(self, found, kind, x, out, bias, **details):
         """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
         layer, rows, _ = found
-        blocks, size = slice(None), layer.out // layer.blocks
+        blocks, size = slice(0, layer.blocks), layer.out // layer.blocks
         if kind != layer.kind and (kind, layer.kind) != ("linear", "projection"):
             return self.contradict(layer, f"it is used as the weight of a {kind}")
         if rows != slice(0, layer.out):
             if kind != "linear" or rows.start % size or rows.stop % size:
                 return self.contradict(layer, "some of its rows are used alone")
             blocks = slice(rows.start // size, rows.stop // size)
-        if not has_bias(layer, bias, rows):
+        if not self.has_bias(layer, bias, rows):
             self.optimizer().part_with_bias(layer)
-        use = Use(kind, x.detach(), out, out.shape, 0, blocks, layer.blocks,
+        use = Use(kind, x.detach(), out, out.shape, 0, blocks,
                   batch=getattr(self.local, "batch", None), **details)
         if kind == "conv":
             if use.geometry.groups != layer.blocks:
@@ -287,6 +285,18 @@ class Watcher(TorchFunctionMode):
         else:
             use.rows = x.numel() // (x.shape[-1] if kind == "linear" else layer.weight.numel())
         return use
+
+    def has_bias(self, layer, bias, rows):
+        """Is this the layer's, or the slice of it that belongs to these rows of the weight?"""
+        if layer.bias is None:
+            return True             # whatever is added to the output takes the plain step
+        if bias is None or self.parameter(bias) is layer.bias:
+            return bias is not None and rows == layer.bias_rows == slice(0, len(bias))
+        whole = bias._base
+        return (whole is not None and self.parameter(whole) is layer.bias
+                and bias.stride() == whole.stride()
+                and bias.storage_offset() - whole.storage_offset()
+                == layer.bias_rows.start + rows.start)
 
     def record(self, found, kind, x, out, bias, **details):
         """Measure a use of a layer; its sums are pending from when it is backpropagated."""
@@ -314,12 +324,13 @@ class Watcher(TorchFunctionMode):
         if optimizer is None or optimizer.ignores_gradients or layer.d != d:   # without bias since
             return
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
-        # and so are the sums that it left.
-        if layer.weight.grad is None and layer.backward != backward:
+        # and so are the sums that it left. (A sharded weight may have its gradient elsewhere.)
+        earlier = layer.weight.grad is not None or is_sharded(layer.weight)
+        if not earlier and layer.backward != backward:
             layer.drop()
         layer.backward = backward
         for name, total in sums.items():
-            layer.add(name, total, rows, optimizer.blocks_of(layer, use))
+            layer.add(name, total, rows, use.blocks)
         if optimizer.needs_gradients and use.kind != "values":
             with torch.no_grad(), full_precision(grad.device.type):
                 optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))
@@ -375,17 +386,6 @@ def watch(model, watcher, hooked):
 
 def is_exporting():
     return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
-
-
-def has_bias(layer, bias, rows):
-    """Is this the layer's bias, or the slice of it that belongs to these rows of the weight?"""
-    if layer.bias is None:
-        return True             # whatever is added to the output takes the plain step
-    if bias is layer.bias:
-        return rows == layer.bias_rows == slice(0, len(bias))
-    return (bias is not None and bias._base is layer.bias and bias.stride() == layer.bias.stride()
-            and bias.storage_offset() - layer.bias.storage_offset()
-            == layer.bias_rows.start + rows.start)
 
 
 # torch's own function without its first line, which would hand the call back to the watcher

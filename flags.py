@@ -270,6 +270,20 @@ def check_compiler(args, device):
         raise UsageError("--compile needs a C++ compiler on the CPU, and none was found")
 
 
+FSDP = {"fsdp": dict(default=False, help="divide parameters, gradients and momentum among the "
+                     "processes of torchrun (torch's fully_shard)")}
+
+
+def check_fsdp(args, world):
+    if args.fsdp and world == 1:
+        raise UsageError("--fsdp divides a model among processes: start several with torchrun")
+    for name in ("compile", "channels_last", "model_ema"):
+        if args.fsdp and getattr(args, name, False):
+            raise UsageError(f"--fsdp does not go with --{name}: leave one of them out")
+    if args.fsdp and getattr(args, "amp_dtype", None) == "float16":
+        raise UsageError("--fsdp does not go with --amp_dtype float16: bfloat16 needs no scaling")
+
+
 def make_optimizer(model, groups, config, recipe, **more):
     """The optimizer of config on groups of parameters; recipe: the flags that it takes."""
     optim = config["optim"]

@@ -100,6 +100,7 @@ class FOOF(PreconditionedSGD):
     __doc__ = PreconditionedSGD.__doc__
 
     kinds = dict.fromkeys(("linear", "projection", "conv"), "input covariance")
+    row_by_row = True
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
 

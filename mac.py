@@ -17,10 +17,11 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     symbol   in code                  shape
     G        G                        (blocks, out/blocks, d); d = C/groups·kh·kw in convolutions,
                                       + 1 for bias
-    ā        state "mean"             (blocks, d): one block per group of a convolution; blocks of
-                                      rows of q, k and v where attention was seen (6)
+    ā        state "mean"             (groups, d) in a convolution; else (1, d), of q, k and v in
+                                      one nn.MultiheadAttention (3, d), and one more below: (6)
              state "applied"          the ā in use, renewed every tinv steps
-             state "values"           the sum of 2ⁱ over the blocks i of v; −1: none was seen
+             state "values"           2ⁿ plus the sum of 2ⁱ over the blocks i of v, where rows of
+                                      q, k, v are n blocks; −1: no attention was seen
     A₁       state "covariance"       (blocks, d(d+1)/2), its lower triangle by rows; its Cholesky
                                       factor: state "factor" (blocks, d, d); first layer only
              state "fixed"            True after calibrate: A₁ is averaged no more
@@ -72,7 +73,7 @@ COST per layer: statistic O(numel of the input) every tcov steps (first layer 2�
 scaled_dot_product_attention its scores once more, 2·B·N²·d; a softmax that the model forms itself
 is only summed, as nn.MultiheadAttention's with need_weights=True), application
 4·out·d per step (SGD touches the same out·d numbers; first layer 2·out·d²), state 2d numbers per
-block. No d×d matrix but A₁.
+group of a convolution, else 4d (6). No d×d matrix but A₁.
 
 THROWN AWAY: all of A but one direction (WHERE IT HOLDS: not a small part), and all of P. In (6)
 each head's rows of W_V see their own T X; one ā for all heads pools them.
@@ -94,9 +95,7 @@ USAGE
     optimizer.step()
 """
 import re
-from math import lcm
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -164,6 +163,7 @@ class MAC(PreconditionedSGD):
     first = None                   # the weight of the layer of (5)
     looked = False                 # has it been looked for?
     kinds = dict.fromkeys(("linear", "projection", "conv"), "mean input")
+    row_by_row = True
     failure = ("the input covariance of layer {name} plus damping {damping} is not positive "
                "definite to rounding; raise damping")
 
@@ -180,8 +180,8 @@ class MAC(PreconditionedSGD):
             layer.measured = {"covariance": (layer.blocks, d * (d + 1) // 2)}
             layer.prepared = {"factor": (layer.blocks, d, d)}
         else:
-            layer.measured = {"mean": (layer.blocks, d)}
-            layer.prepared = {"applied": (layer.blocks, d)}
+            means = layer.blocks + (layer.kind != "conv")              # the last is of values
+            layer.measured, layer.prepared = {"mean": (means, d)}, {"applied": (means, d)}
 
     def measure(self, layer, use):
         bias = layer.bias is not None
@@ -203,9 +203,9 @@ class MAC(PreconditionedSGD):
     def how(self, layer):
         if layer.weight is self.first:
             return "input covariance"
-        values = layer.found.get("values", (1, ()))[1]
-        return "mean attended input" if len(values) == layer.blocks else \
-            "mean input, v: mean attended input" if values else "mean input"
+        values = [mean == layer.blocks for mean in self.means_of(layer)]
+        return "mean attended input" if all(values) else \
+            "mean input, v: mean attended input" if any(values) else "mean input"
 
     # ---- the first layer ----
 
@@ -280,62 +280,54 @@ class MAC(PreconditionedSGD):
     # ---- attention: blocks of rows of q, k and v ----
 
     def set_values(self, layer, rows):
-        """Give these rows of a layer's weight, which made values, blocks of their own. False where
-        that cannot be: then they keep the plain mean."""
-        known = layer.found.get("values")
+        """Give these rows of a layer's weight, which made values, the mean attended input. False
+        where that cannot be: then they keep the plain mean."""
         found = value_blocks(rows, layer.out, layer.blocks)
-        if layer.weight is self.first or found is None and known is None:
+        known = layer.found.get("values", found)
+        if layer.weight is self.first or known is None:
             return False
-        if known is None:
-            self.divide(layer, *found)
-        elif known != found and known[1]:   # other rows than before: no mean would be right
-            self.divide(layer, layer.blocks, ())
-        return layer.found["values"] == found
+        self.divide(layer, *(found if known == found else (layer.blocks, ())))
+        return bool(layer.found["values"][1])
 
     def divide(self, layer, blocks, values):
-        """The layer has so many blocks of rows, of which these made values.
-
-        What is pending for these blocks came of uses whose attention was not followed.
-        """
-        state, times = self.state.get(layer.weight, {}), blocks // layer.blocks
-        for name in ("mean", "applied"):
-            if name in state:
-                state[name] = state[name].repeat_interleave(times, 0)
-        for name, (total, counts) in layer.pending.items():
-            total, counts = total.repeat_interleave(times, 0), np.repeat(counts, times)
-            total[list(values)] = counts[list(values)] = 0
-            layer.pending[name] = total, counts.tolist()
-        layer.blocks, layer.found["values"] = blocks, (blocks, tuple(values))
-        if not values:
-            layer.drop()
+        """The rows of the layer's weight are so many blocks, of which these made values; none after
+        others did than before, for which no mean would be right."""
+        state = self.state.get(layer.weight, {})
+        if "values" not in layer.found and values:
+            for name in ("mean", "applied"):           # of values the plain mean has been, so far
+                if name in state:
+                    state[name][-1] = state[name][values[0] * layer.blocks // blocks]
+        layer.found["values"] = blocks, tuple(values)
         if "updates" in state:
             state["values"] = self.as_number(layer)
-        self.set_up(layer)
+
+    def means_of(self, layer):
+        """Which of its means each block of rows of the weight takes; the last is of values."""
+        blocks, values = layer.found.get("values", (layer.blocks, ()))
+        return [layer.blocks if i in values else i * layer.blocks // blocks for i in range(blocks)]
+
+    def gathered(self, layers, names):
+        found = super().gathered(layers, names)
+        if "applied" in found and layers[0].kind != "conv":
+            each = found["applied"].unflatten(0, (len(layers), -1))
+            found["applied"] = each[:, self.means_of(layers[0])].flatten(0, 1)
+        return found
 
     def as_number(self, layer):
-        """Which blocks are of values, in bits; −1 if unknown. Always in the state, and one number:
-        torch.distributed.checkpoint flattens no lists."""
-        return sum(2 ** i for i in layer.found["values"][1]) if "values" in layer.found else -1
-
-    def blocks_of(self, layer, use):
-        values = layer.found.get("values", (1, ()))[1]
-        if use.kind == "values":
-            return list(values)
-        if not values and use.of == layer.blocks:
-            return use.blocks
-        times = layer.blocks // use.of
-        start, stop, _ = use.blocks.indices(use.of)
-        return [i for i in range(start * times, stop * times) if i not in values]
+        """Which blocks are of values, in bits, and one above them; −1 if unknown. Always in the
+        state, and one number: torch.distributed.checkpoint flattens no lists."""
+        blocks, values = layer.found.get("values", (0, ()))
+        return 2 ** blocks + sum(2 ** i for i in values) if blocks else -1
 
     def divisors(self, layer, name, rows):
         """A step whose attention was not followed adds nothing: its rows of v are unknown."""
-        return rows if all(rows) else [0] * len(rows)
+        return rows if all(rows[i] for i in self.means_of(layer)) else [0] * len(rows)
 
     def merge(self, layer, everyone):
         super().merge(layer, everyone)
         values = {found["values"] for found in everyone if "values" in found}
         if values and layer.active:
-            same = (lcm(*[blocks for blocks, _ in values]), ()) if len(values) > 1 else values.pop()
+            same = (layer.blocks, ()) if len(values) > 1 else values.pop()
             if layer.found.get("values") != same:
                 self.divide(layer, *same)
 
@@ -346,14 +338,12 @@ class MAC(PreconditionedSGD):
                 self.state[layer.weight]["values"] = self.as_number(layer)
 
     def restore(self, layer, saved):
-        layer.blocks = layer.own_blocks
         layer.found.pop("values", None)
-        self.set_up(layer)
-        if "mean" in saved and saved.get("values", -1) >= 0:
-            blocks = len(saved["mean"])
-            if blocks % layer.blocks == 0 and layer.out % blocks == 0:
-                self.divide(layer, blocks, [i for i in range(blocks) if saved["values"] >> i & 1])
         super().restore(layer, saved)
+        number = saved.get("values", -1)
+        if number > 1:
+            blocks = number.bit_length() - 1
+            layer.found["values"] = blocks, tuple(i for i in range(blocks) if number >> i & 1)
 
 
 class Found(Exception):
@@ -366,6 +356,7 @@ class Calibration(Watcher):
     def __init__(self, optimizer):
         super().__init__(optimizer)
         self.layers = {optimizer.first: optimizer.layers[optimizer.first]}
+        self.parameter = optimizer.watcher.parameter
 
     def sees(self, out):
         return isinstance(out, torch.Tensor) and out.numel() > 0

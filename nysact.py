@@ -228,6 +228,7 @@ class NysAct(PreconditionedSGD):
     """
 
     kinds = dict.fromkeys(("linear", "projection", "conv"), "sketched covariance")
+    row_by_row = True
     checks = PreconditionedSGD.checks | dict(
         rank=(lambda v: v >= 1 and v % 1 == 0, "a whole number, 1 or more"),
         sketch=(lambda v: v in ("gaussian", "subcolumns"), "'gaussian' or 'subcolumns'"),

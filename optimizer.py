@@ -33,6 +33,7 @@ from blocks import gradient_matrix, joined, replace_gradients, stacks
 from capture import Watcher, candidates, watch
 from pooling import agree, pool
 from precision import at_least_float32, full_precision
+from sharding import Unsharded, cut_otherwise, is_sharded, local
 
 POSITIVE = (lambda v: 0 < v < float("inf"), "a positive number")
 DECAY = (lambda v: 0 <= v < 1, "at least 0 and below 1")
@@ -46,6 +47,7 @@ class Preconditioner(torch.optim.Optimizer):
     kinds = {}
     checks = {}                    # option of a group: (is it valid, what is wanted in words)
     needs_gradients = False        # does the method have measure_gradient(layer, use, grad)?
+    row_by_row = False             # does a row of G̃ depend on this row of G alone?
     ignores_gradients = False      # True while gradients flow that are no training step's
     failure = "the average of layer {name} cannot be factored with damping {damping}"
 
@@ -53,10 +55,15 @@ class Preconditioner(torch.optim.Optimizer):
         name = type(self).__name__
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name}: the first argument is the model, a torch.nn.Module, not "
-                            f"{type(model).__name__}; parameters are given as params=...")
+                            f"{type(model).__name__}; parameters are given as params=... (where a "
+                            "framework would make the optimizer, make it first and hand it over, "
+                            "as in Trainer(optimizers=(optimizer, None)))")
         if isinstance(model, nn.DataParallel):
             raise TypeError(f"{name}: nn.DataParallel runs replicas whose statistics are lost; use "
                             "DistributedDataParallel, or the module inside it on one device")
+        if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+            raise TypeError(f"{name}: FullyShardedDataParallel flattens weights, which leaves no "
+                            "rows of them; use torch.distributed.fsdp.fully_shard")
         self.model, self.steps, self.captured, self.hooked = model, 0, False, {}
         self.watcher = Watcher(self)
         weakref.finalize(self, remove_hooks, self.hooked).atexit = False
@@ -103,11 +110,16 @@ class Preconditioner(torch.optim.Optimizer):
     def find_layers(self):
         """Watch every weight in the groups; again when groups are added."""
         given = {p for group in self.param_groups for p in group["params"]}
+        self.watcher.parameter = Unsharded(self.model)
         for weight, layer in self.candidates().items():
             if weight in given and weight not in self.layers:
-                if layer.bias is not None and (
-                        layer.bias not in given or not layer.bias.requires_grad):
+                bias, sharded = layer.bias, is_sharded(weight)
+                if bias is not None and (
+                        bias not in given or not bias.requires_grad or is_sharded(bias) != sharded
+                        or sharded and layer.bias_rows != slice(0, len(bias))):
                     layer.bias = None             # it takes the plain step, if any
+                if sharded and cut_otherwise(weight):
+                    layer.found["plain"] = cut_otherwise(weight)
                 self.set_up(layer)
                 self.layers[weight] = layer
         watch(self.model, self.watcher, self.hooked)
@@ -134,10 +146,6 @@ class Preconditioner(torch.optim.Optimizer):
     def add_gradient(self, layer, use, grad):
         for name, total in self.measure_gradient(layer, use, grad).items():
             layer.add(name, total, use.rows, use.blocks)
-
-    def blocks_of(self, layer, use):
-        """The layer's blocks to which the sums of a use belong."""
-        return use.blocks
 
     # ---- the step ----
 
@@ -215,10 +223,14 @@ class Preconditioner(torch.optim.Optimizer):
 
     def check_captured(self, found, due):
         """A step whose gradients came with no statistics at all is no step of this model's."""
-        if found or self.captured and all(layer.weight.grad is None for layer, _ in due):
+        name, idle = type(self).__name__, all(layer.weight.grad is None for layer, _ in due)
+        own = set() if found else {*self.model.parameters()}
+        if found:
             self.captured = True
-        elif due:
-            name = type(self).__name__
+        elif due and not any(layer.weight in own or is_sharded(layer.weight) for layer, _ in due):
+            raise RuntimeError(f"{name}: its parameters are the model's no more: fully_shard() "
+                               f"replaces a model's parameters, so call it before {name} is made")
+        elif due and not (self.captured and idle):
             raise RuntimeError(
                 f"{name}: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "
@@ -278,7 +290,7 @@ class Preconditioner(torch.optim.Optimizer):
             if p.grad is not None:
                 self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
         for layer, _ in self.grouped():
-            state, like = self.state[layer.weight], layer.weight
+            state, like = self.state[layer.weight], local(layer.weight)
             state.update(updates=0, step=0)
             for name, shape in (layer.measured | layer.prepared).items():
                 state[name] = like.new_zeros(shape, dtype=at_least_float32(like))
@@ -362,8 +374,8 @@ class Preconditioner(torch.optim.Optimizer):
         reasons = {layer.weight: layer.found["plain"] for layer in self.layers.values()
                    if "plain" in layer.found}
         named = dict(self.model.named_parameters()) if self.model is not None else {}
-        given = {p for group in self.param_groups for p in group["params"]}
-        for name, p in named.items():
+        given = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        for name, p in zip(named, map(self.watcher.parameter, named.values())):
             if p in done:
                 numbers += p.numel()
             elif p in given:
@@ -468,7 +480,8 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
         for layers, damping in stacks(ready):
             prepared = self.gathered(layers, layers[0].prepared)
             blocks = len(next(iter(prepared.values())))
-            G = gradient_matrix(layers).unflatten(0, (blocks, -1))
+            G = gradient_matrix(layers, blocks // len(layers), self.row_by_row)
+            G = G.unflatten(0, (blocks, len(G) // blocks))
             prepared = {name: x if x.dtype == G.dtype else x.to(G.dtype)
                         for name, x in prepared.items()}
             found.append((layers, G, self.apply(G, damping, **prepared)))

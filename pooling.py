@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from precision import at_least_float32
+from sharding import local
 
 
 def world_size():
@@ -19,7 +20,7 @@ def pool(layers, numbers):
     numbers, and the (layer, name) of a sum that is not finite, or None. One flat buffer, so that
     ranks agree by one all-reduce, and one look at it finds what is not finite.
     """
-    like = max((layer.weight for layer in layers), key=lambda w: w.dtype == torch.float64)
+    like = max((local(layer.weight) for layer in layers), key=lambda w: w.dtype == torch.float64)
     like = like.new_empty(0, dtype=at_least_float32(like))
     sums, rows, slots = [], [], []
     for layer in layers:
@@ -68,6 +69,7 @@ def agree(layers, merge):
     for theirs in everyone:
         if theirs.keys() != everyone[0].keys():
             raise RuntimeError("ranks train different layers, for example "
-                               f"{sorted(theirs.keys() ^ everyone[0].keys())[0]}")
+                               f"{sorted(theirs.keys() ^ everyone[0].keys())[0]}; each needs all "
+                               "of them (ZeroRedundancyOptimizer divides them: use fully_shard)")
     for layer in layers:
         merge(layer, [theirs.get(layer.name, {}) for theirs in everyone])

@@ -359,8 +359,9 @@ def multiplier(optimizer, module):
                             .flatten() for s in second])
     elif "output_covariance" in state:
         return kfac_multiplier(state, damping)
-    elif "mean" in state:
-        applied, scale = state.get("applied", state["mean"]), damping
+    elif "applied" in state:
+        layer, scale = optimizer.layers[weight], damping
+        applied = optimizer.gathered([layer], ["applied"])["applied"]
         values = F.pad(applied.square().sum(1, keepdim=True), (0, applied.shape[1] - 1))
     elif "eigenvalues" in state:
         U = state["U"]

@@ -113,6 +113,16 @@ class Ranks(NamedTuple):
             p.grad = None
         return wrapped
 
+    def shard(self, model, kinds):
+        """The model cut by fully_shard: modules of these kinds, and the rest, are each whole only
+        while they run. Then all ranks are to run it equally often, in evaluation too."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for module in (*(m for m in model.modules() if isinstance(m, kinds)), model):
+            fully_shard(module, mesh=mesh)
+        return model
+
     @torch.no_grad()
     def average_buffers(self, model):
         """Give all ranks the mean of their BatchNorm statistics (in float64 equal ones stay so)."""
@@ -191,10 +201,11 @@ class Stop:
         if not (self.noting and first):
             raise KeyboardInterrupt(number)
 
-    def between(self, batches):
-        """The batches, unless a signal has been noted: where nothing is half done between two."""
+    def between(self, batches, alone=True):
+        """The batches, unless a signal has been noted: where nothing is half done between two, and
+        no other rank waits for this one."""
         for batch in batches:
-            if self.number:
+            if self.number and alone:
                 raise KeyboardInterrupt(self.number)
             yield batch
 

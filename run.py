@@ -31,6 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                     set_state_dict)
 from tqdm import tqdm
 
 from download import DataError
@@ -173,6 +175,8 @@ class Progress:
 
 
 FAILED = 1000                    # beyond all signals
+SHARDED = "model", "optimizer"   # the parts that --fsdp divides among ranks
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Run:
@@ -249,9 +253,14 @@ class Run:
                              "--output_dir")
         if len(saved["log"]) + bool(saved["partial"]) > config["epochs"]:
             raise UsageError(f"{path} has more than --epochs {config['epochs']} behind it already")
+        sharded = SHARDED if config.get("fsdp") else ()
         try:
             for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
+                if name not in sharded:
+                    part.load_state_dict(saved[name])
+            if sharded:
+                set_state_dict(*map(self.parts.get, sharded), options=WHOLE,
+                               model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(f"{path} does not fit this version of {config['model']} and "
                              f"{config['optim']} ({str(error).splitlines()[0]})")
@@ -389,12 +398,15 @@ class Run:
         any case.
         """
         partial = self.progress and self.progress.saved()
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        if self.config.get("fsdp"):                # of which the first rank gathers the whole
+            states |= zip(SHARDED, get_state_dict(*map(self.parts.get, SHARDED), options=WHOLE))
 
         def write():
             if self.ranks.rank == 0:
                 content = dict(config=self.config, epoch=len(self.rows), log=self.rows,
                                partial=partial)
-                content |= {name: part.state_dict() for name, part in self.parts.items()}
+                content |= states
                 write_file(self.folder / "checkpoint.pt", lambda file: torch.save(content, file))
         self.stop.saving = True
         try:

@@ -476,6 +476,10 @@ def jobs():
     todo["eval-3"] = (3, f"{ema} -b 4", None)
     todo["empty-3"] = (3, f"{SMALL} {EVAL} -b 4 --dummy 12 --model-ema", None)     # 3 test images
     todo["empty-shard-3"] = (3, f"{SMALL} {EVAL} -b 4 --dummy 8", None)            # 2
+    todo["fsdp-2"] = (2, f"{SMALL} -b 2 --accum 3 --opt mac --fsdp", None)
+    todo["fsdp-eval-3"] = (3, f"{SMALL} {EVAL} -b 4 --dummy 8 --fsdp", None)
+    todo["fsdp-moved-3"] = (3, f"{SMALL} -b 4 --opt mac --fsdp", 3)
+    todo["fsdp-moved-3 resumed"] = (2, f"{SMALL} -b 6 --opt mac --fsdp --resume", None)
     bits = f"{SMALL} {EVAL} --epochs 3 -b 4 --mixup 0.2 --model-ema --model-ema-steps 1"
     todo["straight-3"] = (3, bits, None)
     todo["stopped-3"] = (3, bits, 4)
@@ -535,7 +539,8 @@ def watch(argv, last=None):
             tensors += [*self.parts["model"].buffers()]
         digest = hashlib.sha256()
         for value in tensors:
-            digest.update(value.detach().numpy().tobytes() if torch.is_tensor(value)
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            digest.update(value.detach().clone().numpy().tobytes() if torch.is_tensor(value)
                           else repr(value).encode())
         digests.append(digest.hexdigest())
         save(self)
@@ -611,7 +616,7 @@ def test_ranks_equal_one(ranks, tmp_path, optim):
     lr = "--lr 0.001" if optim.startswith("ada") else ""
     call(f"{SMALL} -b 12 --opt {optim} {lr} --output-dir {tmp_path}")
     for place in [ranks[1] / f"{optim}-{world}" for world in (2, 3)] + (
-            [ranks[1] / "accum-2"] if optim == "mac" else []):
+            [ranks[1] / "accum-2", ranks[1] / "fsdp-2"] if optim == "mac" else []):
         tol = 2e-2 if optim == "adamw" else 1e-4       # it divides roundings by themselves
         same_moves(moved(place), moved(tmp_path), tol)
         for x, y in zip(read_log(tmp_path), read_log(place), strict=True):
@@ -619,11 +624,12 @@ def test_ranks_equal_one(ranks, tmp_path, optim):
             assert x["test_acc"] == y["test_acc"] and x["lr"] == y["lr"], (x, y)
 
 
-@pytest.mark.parametrize("name", ["eval-2", "eval-3", "empty-3", "empty-shard-3"])
+@pytest.mark.parametrize("name", ["eval-2", "eval-3", "empty-3", "empty-shard-3",
+                                  "fsdp-eval-3"])
 def test_evaluation(ranks, name):
     """Every test image once, by any number of ranks, with BatchNorm, EMA and empty shards."""
-    log = read_log(ranks[1] / name)[-1]
-    result = record(call(f"{jobs()[name][1]} --test-only --output-dir {ranks[1] / name}")[0])
+    log, line = read_log(ranks[1] / name)[-1], jobs()[name][1].replace("--fsdp", "")
+    result = record(call(f"{line} --test-only --output-dir {ranks[1] / name}")[0])
     for key in ("test_loss", "test_acc", "test_top5", "ema_loss", "ema_acc", "ema_top5"):
         if key in log:                         # without a moving average there is none
             assert abs(result[key] - float(log[key])) < 1e-4 * abs(result[key]) + 1e-9, key
@@ -647,12 +653,13 @@ def test_wrong_on_one_rank(ranks, name, words):
     assert words in message and len(message.splitlines()) == 1, message
 
 
-def test_other_number_of_ranks(ranks):
+@pytest.mark.parametrize("name", ("moved-3", "fsdp-moved-3"))
+def test_other_number_of_ranks(ranks, name):
     """Stopped on three ranks in mid-epoch, continued on two: as one run, to rounding."""
     seen, root = ranks
-    assert seen[0]["moved-3"]["steps"] == 3
-    same_moves(moved(root / "moved-3"), moved(root / "mac-2"), 1e-4)
-    for x, y in zip(read_log(root / "moved-3"), read_log(root / "mac-2"), strict=True):
+    assert seen[0][name]["steps"] == 3
+    same_moves(moved(root / name), moved(root / "mac-2"), 1e-4)
+    for x, y in zip(read_log(root / name), read_log(root / "mac-2"), strict=True):
         assert abs(float(x["train_loss"]) - float(y["train_loss"])) < 1e-5, (x, y)
 
 

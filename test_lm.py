@@ -268,13 +268,15 @@ def test_ranks(tmp_path, start):
     optims = "sgd", "mac", "kfac", "nysact", "adafisherw"
     flags = f"{TINY} --epoch 2 --optim {' '.join(optims)}"
     two = start(f"{flags} --accumulate 2 --output_dir two", 2)
+    cut = start(f"{flags} --fsdp --output_dir fsdp", 2)
     call(f"{flags} --output_dir {tmp_path}/one")
-    out = two.finish()
-    assert record(out)["ranks"] == 2 and out.count("sample: '") == 5
-    for optim in optims:
-        a, b = (read_log(tmp_path / name / optim) for name in ("one", "two"))
-        for column in ("train_loss", "valid_loss"):
-            close([float(row[column]) for row in b], [float(row[column]) for row in a], 1e-5)
+    for name, process in dict(two=two, fsdp=cut).items():
+        out = process.finish()
+        assert record(out)["ranks"] == 2 and out.count("sample: '") == 5
+        for optim in optims:
+            a, b = (read_log(tmp_path / folder / optim) for folder in ("one", name))
+            for column in ("train_loss", "valid_loss"):
+                close([float(row[column]) for row in b], [float(row[column]) for row in a], 1e-5)
     out, _ = call(f"{flags} --output_dir {tmp_path}/two --resume")
     assert out.count("resumed after epoch 2 of 2") == 5
 
@@ -310,6 +312,7 @@ def test_ranks_share_the_text():
     "--text {0}/none": "none", "--text {0}/binary": "UTF-8", "--text {0}": "{0}",
     "--text {0}/short --train_size 80 --valid_size 9": "--context",
     "--optim adamw sgd --momentum 0 --nesterov": "esterov",        # before adamw trains
+    "--fsdp": "torchrun",
     "--dataset wikitext2 --data_dir {0} --train_file my.txt": "my.txt",
 }.items())
 def test_wrong_commands(tmp_path, flags, words):

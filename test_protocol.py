@@ -159,16 +159,18 @@ def test_refused_checkpoint_changes_nothing():
     assert all(layer.bias is not None and not layer.found for layer in optimizer.layers.values())
 
 
-def test_values_of_other_rows_drop_nothing_more():
-    """After one layer made v by other rows than before, micro-batches still add up."""
+def test_values_of_other_rows():
+    """After one layer made v by other rows than before, all of its rows take the plain mean."""
     net = nn.Linear(8, 24)
     optimizer = MAC(net, input_covariance=False, tcov=1)
     layer = optimizer.layers[net.weight]
+    layer.add("mean", torch.ones(1, 9), 10, slice(0, 1))
     assert optimizer.set_values(layer, np.arange(16, 24))
+    assert optimizer.means_of(layer) == [0, 0, 1]
     assert not optimizer.set_values(layer, np.arange(8, 16))
-    layer.add("mean", torch.ones(1, 9), 10)
     assert not optimizer.set_values(layer, np.arange(16, 24))
-    assert layer.pending["mean"][1] == [10, 10, 10]
+    assert optimizer.means_of(layer) == [0]
+    assert layer.pending["mean"][1] == [10, 0]
 
 
 def test_softmax_by_keyword():

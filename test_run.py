@@ -228,7 +228,9 @@ def more_epochs(line, epochs):
 
 
 @pytest.mark.parametrize("line, ranks", [(line, 1) for line in SCRIPTS]
-                         + [(line, ranks) for line in (LM, IMAGENET) for ranks in (2, 3)],
+                         + [(line, ranks) for line in (LM, IMAGENET) for ranks in (2, 3)]
+                         + [(f"{line.replace('--model-ema', '')} --fsdp", 2)
+                            for line in (LM, IMAGENET)],
                          ids=lambda value: name_of(value) if isinstance(value, str) else str(value))
 def test_kill_and_resume(tmp_path, start, line, ranks):
     """kill -9 at random moments, resumed each time: the log and bits of a run in one go."""

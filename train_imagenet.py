@@ -57,9 +57,9 @@ from tqdm import tqdm
 import images
 import models
 from augment import Finish, eval_transform, train_transform
-from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE, SEED,
-                   check_compiler, check_optimizers, chosen, machine_flags, make_optimizer,
-                   note_unused, number, parser_of, user_path)
+from flags import (COUNT, COUNT_OR_ZERO, FRACTION, FSDP, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
+                   SEED, check_compiler, check_fsdp, check_optimizers, chosen, machine_flags,
+                   make_optimizer, note_unused, number, parser_of, user_path)
 from models import IMAGENET_MODELS, load_pretrained
 from ranks import Ranks, UsageError, start, tell
 from run import Run, check_folder, describe, print_record, read_checkpoint, run_script
@@ -94,8 +94,8 @@ def train_step(setup, batches, epoch, progress):
         x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
         seed = config["seed"], epoch, ranks.rank, progress.step * config["accum"] + i
         x, target = setup.finish(x, labels, seed)
-        last = ranks.world == 1 or i + 1 == len(batches)       # whose gradients are averaged
-        with contextlib.nullcontext() if last else setup.wrapped.no_sync():
+        apart = ranks.world > 1 and i + 1 < len(batches) and not config["fsdp"]
+        with setup.wrapped.no_sync() if apart else contextlib.nullcontext():   # averaged at last
             logits = logits_of(setup, call, x)
             loss = setup.finish.loss(logits, target)
             if config.get("fisher") == "sampled":
@@ -127,13 +127,17 @@ def evaluate(setup, model, text):
         total = torch.zeros(4, dtype=double, device=ranks.device)
         setup.test.set_epoch(0)
         bar = tqdm(setup.test, text, leave=False, disable=ranks.rank > 0 or None)
-        for x, labels in setup.stop.between(bar):
+        for x, labels in setup.stop.between(bar, alone=not setup.config["fsdp"]):
             x, labels = (t.to(ranks.device, non_blocking=True) for t in (x, labels))
             logits = logits_of(setup, model, setup.finish.eval(x))
             hits = logits.topk(min(5, classes)).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             total += torch.stack([loss, hits[:, 0].sum(), hits.sum(),
                                   torch.full_like(loss, len(x))])
+        first = -(-setup.test.count // ranks.world)            # images of the first rank
+        if setup.config["fsdp"] and len(setup.test) < -(-first // setup.config["batch_size"]):
+            size = setup.config["val_crop_size"]               # the others' last batch needs this
+            logits_of(setup, model, total.new_zeros(1, 3, size, size).float())       # rank's rows
         return total
     loss, top1, top5, count = ranks.total(ranks.together(share)).tolist()
     if count != setup.test.count:
@@ -214,6 +218,7 @@ def learning_rate(config, epoch):
     return lr
 
 
+BLOCKS = models.BasicBlock, models.Bottleneck, models.Block, models.SwinBlock
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 POSITIONS = ("pos_embed", "cls_token", "dist_token", "relative_position_bias_table")
 
@@ -298,6 +303,8 @@ def make_model(config, device):
 def build(config, ranks, stop, train, test, finish):
     """Model, moving average and optimizer, which hooks the model before it is wrapped."""
     model = make_model(config, ranks.device)
+    if config["fsdp"]:
+        model = ranks.shard(model, BLOCKS)
     ema = EMA(model, config, ranks) if config["model_ema"] else None
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config["amp_dtype"] == "float16")
     more = {}
@@ -313,11 +320,10 @@ def build(config, ranks, stop, train, test, finish):
 
 def wrap(setup):
     """The setup with its model in DDP, which waits for all ranks, and compiled."""
-    blocks = models.BasicBlock, models.Bottleneck, models.Block, models.SwinBlock
     for module in setup.model.modules():
-        if setup.config["grad_checkpointing"] and isinstance(module, blocks):
+        if setup.config["grad_checkpointing"] and isinstance(module, BLOCKS):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-    wrapped = setup.ranks.wrap(setup.model)
+    wrapped = setup.model if setup.config["fsdp"] else setup.ranks.wrap(setup.model)
     step_model = torch.compile(wrapped) if setup.config["compile"] else wrapped
     return setup._replace(wrapped=wrapped, step_model=step_model)
 
@@ -509,7 +515,7 @@ FLAGS = {
             default=50, type=COUNT, help="steps between two looks at the loss"),
         "test_only": dict(default=False, help="test the weights of --pretrained, or of the "
                           "checkpoint in the run's folder"),
-        **machine_flags("runs/imagenet-MODEL-OPTIM/SEED")},
+        **FSDP, **machine_flags("runs/imagenet-MODEL-OPTIM/SEED")},
 }
 
 
@@ -530,7 +536,7 @@ def resolve(args, ranks):
     config |= chosen(args, ours | RECIPES[ours["recipe"]][args.optim])
     for name in ("clip_grad", "accum", "mixup", "cutmix", "drop", "model_ema", "auto_augment",
                  "random_erase", "hflip", "scale", "ratio", "mean", "std", "amp", "channels_last",
-                 "compile", "grad_checkpointing", "sync_bn", "pretrained"):
+                 "compile", "fsdp", "grad_checkpointing", "sync_bn", "pretrained"):
         config[name] = getattr(args, name)
     if ours is RESNET and args.interpolation and not args.train_interpolation:
         config["train_interpolation"] = args.interpolation
@@ -585,6 +591,7 @@ def check(args, config, device):
     if args.sync_bn and device.type != "cuda":
         raise UsageError("--sync_bn needs GPUs")
     check_compiler(args, device)
+    check_fsdp(args, config["world"])
     check_optimizers(args, [args.optim], RECIPES[config["recipe"]])
     note_idle(args, config)
 

@@ -44,10 +44,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import text as texts
-from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
-                   check_compiler, check_optimizers, chosen, machine_flags, make_optimizer,
-                   parser_of, several_flags, user_path)
-from models import GPT, GPT_SIZES
+from flags import (COUNT, COUNT_OR_ZERO, FRACTION, FSDP, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
+                   check_compiler, check_fsdp, check_optimizers, chosen, machine_flags,
+                   make_optimizer, parser_of, several_flags, user_path)
+from models import GPT, GPT_SIZES, CausalBlock
 from ranks import UsageError, start
 from run import Run, describe, run_folders, run_script, train_all
 
@@ -99,17 +99,20 @@ def evaluate(model, tokens, config, ranks, stop):
     model.eval()
     size = config["batch_size"] // ranks.world // config["accumulate"]
     whole, rest = divmod(len(tokens) - 1, config["context"])
+    batches = -(-whole // size) + (rest > 0)
 
     def share():
         """The sum over every world-th batch."""
         sums = [torch.zeros((), device=tokens.device)]
-        bar = tqdm(texts.all_windows(tokens, config["context"], size), "valid",
-                   -(-whole // size) + (rest > 0), leave=False,
-                   disable=None if ranks.rank == 0 else True)
-        for x, y in stop.between(itertools.islice(bar, ranks.rank, None, ranks.world)):
+        bar = tqdm(texts.all_windows(tokens, config["context"], size), "valid", batches,
+                   leave=False, disable=None if ranks.rank == 0 else True)
+        own = itertools.islice(bar, ranks.rank, None, ranks.world)
+        for x, y in stop.between(own, alone=not config["fsdp"]):
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config["amp"]):
                 logits = model(x)
             sums.append(F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum"))
+        if config["fsdp"] and 0 < batches % ranks.world <= ranks.rank:
+            model(tokens[None, :1].long())         # the others' last batch needs this rank's rows
         return torch.stack(sums).cpu().double().sum().item()
     loss = sum(ranks.gather(ranks.together(share))) / (len(tokens) - 1)
     if not math.isfinite(loss):
@@ -138,7 +141,7 @@ def write(model, text, count, seed):
 
 def train(config, text, folder, args, ranks, stop):
     """One run, from its checkpoint if it has one: its record."""
-    model, optimizer = build(config, ranks.device)
+    model, optimizer = build(config, ranks.device, ranks)
     describe(model, optimizer, config, ranks.device, folder, config["seed"] == args.seed[0])
     free = () if config["schedule"] == "cosine" else ("epochs",)    # of which no rate depends
     run = Run(folder, config, dict(model=model, optimizer=optimizer), args, ranks, stop,
@@ -153,7 +156,7 @@ def train(config, text, folder, args, ranks, stop):
                 lr=optimizer.param_groups[0]["lr"], train_loss=loss,
                 train_perplexity=perplexity(loss), valid_loss=valid,
                 valid_perplexity=perplexity(valid))
-    if args.sample and ranks.rank == 0:
+    if args.sample and (ranks.rank == 0 or config["fsdp"]):
         print(f"sample: {write(model, text, args.sample, config['seed'])!r}", flush=True)
     return run.finish()
 
@@ -162,7 +165,7 @@ def train(config, text, folder, args, ranks, stop):
 # Model, optimizer, learning rate
 # ---------------------------------------------------------------------------------------------
 
-def build(config, device):
+def build(config, device, ranks=None):
     """The network and its optimizer on the device. One seed, one initialisation."""
     torch.manual_seed(config["seed"])
     optim, vocabulary = config["optim"], config["vocabulary"]
@@ -173,6 +176,8 @@ def build(config, device):
     names = ("vocabulary", "context", "layers", "heads", "width", "bias", "tied", "dropout")
     try:
         model = GPT(**{name: config[name] for name in names}).to(device)
+        if ranks is not None and config["fsdp"]:
+            model = ranks.shard(model, CausalBlock)
         more = dict(loss_terms="tokens") if optim == "kfac" else {}
         return model, make_optimizer(model, parameter_groups(model, config), config,
                                      RECIPES[optim], **more)
@@ -197,7 +202,7 @@ def parameter_groups(model, config):
 
 def make_forward(model, optimizer, config, ranks):
     """Tokens → logits in float32. The optimizer's hooks are on the model before this wraps it."""
-    wrapped = ranks.wrap(model)
+    wrapped = model if config["fsdp"] else ranks.wrap(model)
     compiled = torch.compile(wrapped) if config["compile"] else wrapped
 
     def forward(x):
@@ -294,7 +299,7 @@ FLAGS = {
     "machine and files": {
         "sample": dict(default=200, type=COUNT_OR_ZERO,
                        help="tokens that the trained model writes at the end"),
-        **machine_flags("runs/TEXT-MODEL-OPTIM/SEED")},
+        **FSDP, **machine_flags("runs/TEXT-MODEL-OPTIM/SEED")},
 }
 
 
@@ -315,7 +320,7 @@ def resolve(args, optim, seed, text):
     config.update(size, bias=size.get("bias", True), optim=optim, seed=seed)
     config |= chosen(args, RECIPES[optim])
     for name in ("batch_size", "accumulate", "epochs", "schedule", "min_lr", "warmup", "clip",
-                 "amp", "compile"):
+                 "amp", "compile", "fsdp"):
         config[name] = getattr(args, name)
     return config
 
@@ -327,6 +332,7 @@ def text_name(args):
 def check(args, ranks):
     """What is wrong with a command beyond single values, before anything is loaded."""
     check_compiler(args, ranks.device)
+    check_fsdp(args, ranks.world)
     check_optimizers(args, args.optim, RECIPES)
     files = [f"--{name}" for name in ("train_file", "valid_file") if getattr(args, name)]
     if files and (args.text is not None or args.dataset != "wikitext2"):
