@@ -35,7 +35,7 @@ RECIPES = {
     "sgd": SGD,
     "adam": dict(lr=1e-3, weight_decay=5e-4),
     "adamw": dict(lr=1e-3, weight_decay=0.5),
-    "mac": dict(CURVATURE, calibrate=False),
+    "mac": dict(CURVATURE, calibrate=False, attention=True),
     "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
     "foof": CURVATURE,
     "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
@@ -128,6 +128,9 @@ OPTIMIZER_FLAGS = {
     "calibrate": dict(
         SWITCH, help="fix the first layer's covariance by one pass over the data before training, "
         "as published, in place of the average during training"),
+    "attention": dict(
+        SWITCH, help="give the values of attention the mean input that they are weighed to, as "
+        "published; false: the plain mean"),
     "rank": dict(type=COUNT, help="columns of the sketch"),
     "sketch": dict(type=str.lower, choices=("gaussian", "subcolumns"), help="kind of the sketch"),
     "fisher": dict(type=str.lower, choices=("empirical", "sampled"),

@@ -158,6 +158,7 @@ class MAC(PreconditionedSGD):
     __doc__ = PreconditionedSGD.__doc__ + """
     input_covariance: the first layer by (5); the name of another layer that shall have it; or
         False, all layers by (3). ValueError if there is no such layer, or its d is above 2¹⁴.
+    attention: False gives v the mean input, as any other layer has it, in the place of (6).
     """
 
     first = None                   # the weight of the layer of (5)
@@ -169,10 +170,12 @@ class MAC(PreconditionedSGD):
 
     def __init__(self, model, *, params=None, lr=0.1, momentum=0.9, nesterov=False,
                  weight_decay=0.0, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95,
-                 tcov=5, tinv=50, input_covariance=True, maximize=False, foreach=None, fused=None):
+                 tcov=5, tinv=50, input_covariance=True, attention=True, maximize=False,
+                 foreach=None, fused=None):
         self.input_covariance, self.first = input_covariance, None
         super().__init__(locals())
-        self.watcher.attention = Attention(self.watcher)
+        if attention:
+            self.watcher.attention = Attention(self.watcher)
 
     def set_up(self, layer):
         d = layer.d

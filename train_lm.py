@@ -244,7 +244,7 @@ RECIPES = {
     "sgd": SGD,
     "adam": dict(lr=1e-3, weight_decay=0.0, embedding_lr=1.0),
     "adamw": dict(lr=1e-3, weight_decay=0.1, embedding_lr=1.0),
-    "mac": dict(CURVATURE, tinv=5),
+    "mac": dict(CURVATURE, tinv=5, attention=True),
     "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
     "foof": CURVATURE,
     "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
