@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import time
+from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -321,6 +322,18 @@ def test_float16_and_clipping(tmp_path, optim):
         assert bool(checkpoint(tmp_path / name)["scaler"]) == (name == "fp16")
     for name in ("bf16", "fp16"):
         assert 0 < abs(losses[name] - losses["plain"]) < 0.02, losses
+
+
+@needs_pillow
+def test_mean_reaches_the_policy(monkeypatch):
+    """RandAugment fills borders with the mean colour of --mean, not of ImageNet."""
+    seen, config = [], defaultdict(lambda: None, mean=[0.1, 0.5, 0.9], recipe="timm")
+    monkeypatch.setattr(train_imagenet.images, "ImageLoader",
+                        lambda dataset, transform, *args, **options: seen.append(transform))
+    config.update(train_crop_size=8, auto_augment="rand-m9-mstd0.5-inc1")
+    config.update(val_resize_size=8, val_crop_size=8)
+    train_imagenet.open_loaders(mock.Mock(workers=1), config, mock.Mock(), [], [])
+    assert seen[0].keywords["policy"].fill == (26, 128, 230)
 
 
 def test_options_run(tmp_path):

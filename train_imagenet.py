@@ -641,7 +641,7 @@ def open_loaders(args, config, ranks, training, test):
             else os.cpu_count() or 1
         workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     # timm's names of the options are this script's, but for the policy's
-    options = {name: config[name] for name in ("scale", "ratio", "hflip", "color_jitter")}
+    options = {name: config[name] for name in ("scale", "ratio", "hflip", "color_jitter", "mean")}
     transform = train_transform(
         config["recipe"], config["train_crop_size"], config["train_interpolation"],
         config["auto_augment"], **options)
