@@ -1,0 +1,381 @@
+"""Run the experiments behind README's tables again, print the tables and draw the figures.
+
+    python reproduce.py                                  # the tables of what results/ holds
+    python reproduce.py cifar --data_dir data            # run what is missing there, two at a time
+    python reproduce.py all --results mine --jobs 1      # everything from nothing, elsewhere
+    python reproduce.py --draw                           # results/figures/sensitivity.png, race.png
+
+An experiment is a list of commands of the training scripts, each of which is printed when it
+starts. A run that has ended adds its log to DIR/EXPERIMENT.csv and is not run again; one that was
+stopped continues where it was. shakespeare reads tinyshakespeare.txt in the folder of the data.
+"""
+import argparse
+import csv
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+# ---------------------------------------------------------------------------------------------
+# What is run
+# ---------------------------------------------------------------------------------------------
+
+CIFAR = "train_cifar.py --data_dir DATA --amp --channels_last --schedule_step step --warmup 1"
+# Batch and augmentation are the same for all, whatever the recipes say.
+RESNET = f"{CIFAR} --model resnet20 --batch_size 128 --cutout 0"
+VIT = f"{CIFAR} --model vit_nano_cifar --batch_size 128 --cutout 0 --train_size 20000"
+TEXT = "train_lm.py --text DATA/tinyshakespeare.txt --model char --sample 0 --amp"
+
+# Half decades around the published rates.
+ORDINARY = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+SMALL = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+class Arm(NamedTuple):
+    """One line of a table: flags, beyond which its optimizer's recipe counts, and its rates."""
+    flags: str
+    rates: tuple = ORDINARY
+
+
+class Study(NamedTuple):
+    """Optimizers whose rates are searched at equal effort and then compared over seeds."""
+    searched: str                # the command of the search, to which an arm's flags are added
+    compared: str                # that of the comparison
+    seeds: int
+    arms: dict
+
+
+FAMILY = {name: Arm(f"--optim {name}") for name in ("sgd", "mac", "nysact", "foof", "kfac")}
+STUDIES = {
+    "cifar": Study(f"{RESNET} --train_size 20000 --epoch 2", f"{RESNET} --epoch 5", 3, {
+        **FAMILY,
+        "adamw": Arm("--optim adamw", SMALL),
+        "adafisher": Arm("--optim adafisher", SMALL),
+        "adafisher-printed": Arm("--optim adafisher --averaging printed --damping 0.1")}),
+    # Does MAC's attention term do anything? The second arm gives v the plain mean of its inputs.
+    "vit": Study(f"{VIT} --epoch 2", f"{VIT} --epoch 5", 3, {
+        "sgd": Arm("--optim sgd --weight_decay 1e-4", ORDINARY[1:]),
+        "mac": Arm("--optim mac --weight_decay 1e-4 --tinv 5", ORDINARY[1:]),
+        "mac-without-attention": Arm("--optim mac --weight_decay 1e-4 --tinv 5 --attention false",
+                                     ORDINARY[1:]),
+        "kfac": Arm("--optim kfac --weight_decay 1e-4", ORDINARY[1:]),
+        "adamw": Arm("--optim adamw", SMALL[:5])}),
+    "shakespeare": Study(f"{TEXT} --epoch 1 --train_size 400000", f"{TEXT} --epoch 1", 2, {
+        **FAMILY,
+        "adamw": Arm("--optim adamw", SMALL),
+        "adafisherw": Arm("--optim adafisherw", SMALL)}),
+}
+
+
+class Trial(NamedTuple):
+    arm: str
+    lr: float
+    seed: int
+    command: str
+
+    @property
+    def key(self):
+        """As it stands in the first columns of a table's file."""
+        return self.arm, f"{self.lr:g}", str(self.seed)
+
+
+def search(results, name):
+    """The rates of each arm; one more where the best of them lies at an edge."""
+    study = STUDIES[name]
+    for i in (2, 3, 1, 4, 0, 5, 6):                     # the middle first
+        for arm, (flags, rates) in study.arms.items():
+            if i < len(rates):
+                lr = rates[i]
+            elif i == 6 and all(lr in last_losses(results, name, arm) for lr in rates):
+                lr = beyond(rates, last_losses(results, name, arm))
+            else:
+                continue
+            if lr:
+                yield Trial(arm, lr, 0, f"{study.searched} {flags} --lr {lr:g}")
+
+
+def beyond(rates, losses):
+    """The next half decade beyond the best rate if that is the first or the last."""
+    best = min(rates, key=losses.get)
+    side = {rates[0]: -1, rates[-1]: 1}.get(best)
+    return side and float(f"{10 ** (round(2 * math.log10(best)) / 2 + side / 2):.0e}")
+
+
+def compare(results, name):
+    study = STUDIES[name]
+    for seed in range(study.seeds):
+        for arm, (flags, _) in study.arms.items():
+            lr = best_rate(results, name, arm)
+            yield Trial(arm, lr, seed, f"{study.compared} {flags} --lr {lr:g}")
+
+
+def placebo(results, name):
+    """AdaFisher as released beside SGD with the rate that it amounts to, (1-β)α/λ = 0.1."""
+    same = f"{CIFAR} --model resnet20 --batch_size 256 --cutout 16 --train_size 20000 --epoch 3"
+    for seed in range(3):
+        yield Trial("adafisher", 0.001, seed, f"{same} --optim adafisher")
+        yield Trial("sgd", 0.1, seed, f"{same} --optim sgd --lr 0.1")
+
+
+VARIANTS = {
+    "mac": ("", "--damping 0.1", "--damping 10", "--tinv 5"),
+    "nysact": ("", "--rank 5", "--rank 50", "--sketch subcolumns"),
+    "foof": ("", "--tinv 5"),
+    "kfac": ("", "--fisher sampled", "--tinv 5", "--inverse eigen"),
+}
+
+
+def ablation(results, name):
+    """One flag changed at a time."""
+    study = STUDIES["cifar"]
+    for seed in range(2):
+        for arm, variants in VARIANTS.items():
+            lr = best_rate(results, "cifar", arm)
+            for flags in variants:
+                yield Trial(f"{arm} {flags}".strip(), lr, seed,
+                            f"{study.searched} --optim {arm} --lr {lr:g} {flags}".strip())
+
+
+EXPERIMENTS = {"cifar-search": search, "cifar": compare, "placebo": placebo,
+               "ablation": ablation, "vit-search": search, "vit": compare,
+               "shakespeare-search": search, "shakespeare": compare}
+
+
+def trials(results, experiment):
+    return EXPERIMENTS[experiment](results, experiment.removesuffix("-search"))
+
+
+# ---------------------------------------------------------------------------------------------
+# results/EXPERIMENT.csv: a line for each epoch of each run
+# ---------------------------------------------------------------------------------------------
+
+def read(results, experiment):
+    """[{column: text}]"""
+    path = Path(results, f"{experiment}.csv")
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def logs(results, experiment):
+    """{(arm, rate, seed): rows}, in the order of the experiment."""
+    found = {}
+    for row in read(results, experiment):
+        found.setdefault((row["arm"], row["rate"], row["seed"]), []).append(row)
+    return found
+
+
+def last_losses(results, name, arm):
+    """{rate: training loss of the search's last epoch}; infinite where it diverged."""
+    return {float(rate): float(rows[-1]["train_loss"] or math.inf)
+            for (a, rate, _), rows in logs(results, f"{name}-search").items() if a == arm}
+
+
+def best_rate(results, name, arm):
+    losses = last_losses(results, name, arm)
+    if not set(STUDIES[name].arms[arm].rates) <= set(losses):
+        raise SystemExit(f"reproduce.py: the rates of {arm} are not searched yet: run "
+                         f"'python reproduce.py {name}-search' first")
+    return min(losses, key=losses.get)
+
+
+def append(results, experiment, trial, rows):
+    path = Path(results, f"{experiment}.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(["arm", "rate", "seed", *rows[0]])
+        writer.writerows([*trial.key, *row.values()] for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------
+
+def run_experiment(experiment, args):
+    """Run what is missing, some at a time, until the experiment asks for no more."""
+    lock = threading.Lock()
+    while missing := [trial for trial in trials(args.results, experiment)
+                      if trial.key not in logs(args.results, experiment)]:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            try:
+                list(pool.map(lambda trial: run(experiment, trial, args, lock), missing))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def run(experiment, trial, args, lock):
+    """One trial to its end; its log joins the experiment's file, and its checkpoint goes."""
+    folder = Path(args.results, "runs", experiment, *(part.replace(" ", "") for part in trial.key))
+    command = trial.command.replace("DATA", str(args.data_dir)) + f" --seed {trial.seed}"
+    print(f"python {command}", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--output_dir", str(folder), "--resume"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
+    diverged = done.returncode == 1 and "diverged" in done.stderr          # which is a result too
+    if done.returncode and not diverged:
+        raise SystemExit(f"reproduce.py: {done.stderr.strip() or 'a run was stopped'}")
+    log, rows = folder / "log.csv", []
+    if log.exists():
+        with open(log, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    with lock:
+        if diverged:
+            columns = rows[0] if rows else read(args.results, experiment)[0]
+            rows.append({name: "" for name in columns if name not in ("arm", "rate", "seed")}
+                        | dict(epoch=len(rows) + 1))
+        append(args.results, experiment, trial, rows)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables and figures
+# ---------------------------------------------------------------------------------------------
+
+def show(results, experiment):
+    found = logs(results, experiment)
+    if not found:
+        return
+    print(f"\n{experiment}\n")
+    if experiment.endswith("-search"):
+        show_search(found)
+    else:
+        show_comparison(found)
+
+
+def show_search(found):
+    """Training loss of the last epoch, an arm a line."""
+    for arm in dict.fromkeys(arm for arm, *_ in found):
+        losses = {float(rate): float(rows[-1]["train_loss"] or math.inf)
+                  for (a, rate, _), rows in found.items() if a == arm}
+        best = min(losses, key=losses.get)
+        print(f"| {arm} | " + " | ".join(
+            f"{'**' * (lr == best)}{lr:g}: {losses[lr]:.3f}{'**' * (lr == best)}"
+            for lr in sorted(losses)) + " |")
+
+
+def show_comparison(found):
+    """Last epoch, mean ± std over seeds, and what is gained over the first arm seed by seed."""
+    rows = next(iter(found.values()))
+    metric, better = ("test_acc", 1) if "test_acc" in rows[0] else ("valid_loss", -1)
+    last = {}
+    for (arm, rate, seed), rows in found.items():
+        last.setdefault((arm, rate), {})[seed] = [float(rows[-1][column] or math.nan)
+                                                  for column in (metric, "train_loss")]
+    first = last[next(iter(last))]
+    print(f"| | rate | seeds | {metric} | gain, paired | train_loss |\n|---|---|---|---|---|---|")
+    for (arm, rate), seeds in last.items():
+        gains = [better * (seeds[s][0] - first[s][0]) for s in seeds if s in first]
+        values, losses = zip(*seeds.values())
+        print(f"| {arm} | {rate} | {len(seeds)} | {spread(values)} | {spread(gains)} | "
+              f"{spread(losses)} |")
+
+
+def spread(values):
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.3f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.3f}"
+
+
+def draw(results):
+    """sensitivity.png: how far a wrong rate hurts. race.png: accuracy over epochs and over time."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit("reproduce.py: --draw needs matplotlib: pip install matplotlib")
+    folder = Path(results, "figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    studies = [name for name in STUDIES if read(results, f"{name}-search")]
+    figure, axes = plt.subplots(1, len(studies), figsize=(5 * len(studies), 4), squeeze=False)
+    for axis, name in zip(axes[0], studies):
+        draw_sensitivity(axis, name, {arm: last_losses(results, name, arm)
+                                      for arm in STUDIES[name].arms})
+    figure.savefig(folder / "sensitivity.png", dpi=110, bbox_inches="tight")
+    if read(results, "cifar"):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+        draw_race(axes, logs(results, "cifar"), step_ratios(results))
+        figure.savefig(folder / "race.png", dpi=110, bbox_inches="tight")
+
+
+def draw_sensitivity(axis, name, losses):
+    for arm, found in losses.items():
+        rates = [lr for lr in sorted(found) if math.isfinite(found[lr])]
+        best = min(rates, key=found.get, default=None)
+        axis.plot([lr / best for lr in rates], [found[lr] for lr in rates], ".-", label=arm)
+    axis.set(xscale="log", xlabel="learning rate / the best of this optimizer", title=name,
+             ylabel="training loss at the search's end")
+    axis.legend(fontsize=8)
+
+
+def step_ratios(results):
+    """{optimizer: step time as a ratio to SGD's}, as bench.py printed it last."""
+    text = Path(results, "bench-resnet20.txt").read_text(encoding="utf-8").split("\n\n")[0]
+    ratios = {optim: float(parts) for optim, parts in
+              re.findall(r"^(\w+) +[\d.]+ \([\d.]+ to [\d.]+\) +([\d.]+)", text, re.M)}
+    return ratios | {"adafisher-printed": ratios["adafisher"], "adamw": 1.0}
+
+
+def draw_race(axes, found, ratios):
+    for arm in dict.fromkeys(arm for arm, *_ in found):
+        runs = [[float(row["test_acc"] or math.nan) for row in rows]
+                for (a, *_), rows in found.items() if a == arm]
+        means = [statistics.mean(values) for values in zip(*runs)]
+        epochs = range(1, len(means) + 1)
+        axes[0].plot(epochs, means, ".-", label=f"{arm} ({len(runs)})")
+        axes[1].plot([epoch * ratios[arm] for epoch in epochs], means, ".-")
+    axes[0].set(xlabel="epoch", ylabel="test accuracy, %", title="at equal epochs")
+    axes[1].set(xlabel="time, in epochs of SGD", title="at equal time (ratios of bench.py)")
+    axes[0].legend(fontsize=8, title="optimizer (seeds)")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT",
+                        help=f"what to run: {', '.join(EXPERIMENTS)}; or all")
+    parser.add_argument("--data_dir", default="data", metavar="DIR", help="folder of the data")
+    parser.add_argument("--results", default="results", metavar="DIR",
+                        help="folder of the tables, and of the runs below runs/")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time")
+    parser.add_argument("--draw", action="store_true", help="draw the figures")
+    args = parser.parse_args(argv)
+    unknown = set(args.experiments) - {*EXPERIMENTS, "all"}
+    if unknown or args.jobs < 1:
+        parser.error(f"no experiment of this name: {' '.join(unknown)}" if unknown else
+                     "--jobs must be 1 or more")
+    if "all" in args.experiments:
+        args.experiments = list(EXPERIMENTS)
+    return args
+
+
+def main(argv):
+    args = parse(argv)
+    for experiment in args.experiments:
+        run_experiment(experiment, args)
+    for experiment in args.experiments or EXPERIMENTS:
+        show(args.results, experiment)
+    if args.draw:
+        draw(args.results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
