@@ -10,25 +10,35 @@ in the tests, or an edit that changes nothing (an equivalent one): read it and d
 """
 import argparse
 import ast
+import collections
+import contextlib
 import copy
+import multiprocessing
 import os
 import random
 import shlex
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-BOTH = "test_math.py test_optimizers.py"
-TESTS = {                    # pytest's arguments for a file; others: the test file of its name
-    "mac.py": f"{BOTH} -k mac", "foof.py": f"{BOTH} -k foof", "nysact.py": f"{BOTH} -k nysact",
-    "kfac.py": f"{BOTH} -k kfac", "calls.py": f"{BOTH} -k kfac",
-    "adafisher.py": f"{BOTH} -k adafisher",
-    "optimizer.py": BOTH, "capture.py": BOTH, "patches.py": BOTH, "covariance.py": BOTH,
-    "attention.py": f"{BOTH} -k mac", "augment.py": "test_data.py test_augment.py",
-}
-HANG = 3600                  # seconds after which a run counts as caught, on a busy machine too
+import pytest
+import torch._dynamo                                      # before the processes are forked
+import torch.distributed.checkpoint.state_dict            # noqa: F401
+
+sys.dont_write_bytecode = True                            # sources change within their clock's tick
+os.environ["OMP_NUM_THREADS"] = "1"
+
+FOUR = "test_math.py test_optimizers.py test_capture.py test_protocol.py"
+QUICK = "not compile and not export and not collected"      # the others find little, and take long
+TESTS = {"augment.py": "test_data.py test_augment.py"} | {
+    # pytest's arguments for a file; others: the test file of its name
+    f"{name}.py": f"{FOUR} -k '{QUICK}'" for name in (
+        "optimizer", "capture", "patches", "covariance", "blocks", "pooling", "precision")} | {
+    f"{name}.py": f"{FOUR} -k '{QUICK} and {words}'" for name, words in dict(
+        mac="mac", attention="mac", nysact="nysact", foof="foof", kfac="kfac", calls="kfac",
+        adafisher="adafisher").items()}
 
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
              ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
@@ -102,16 +112,47 @@ def replaced(source, node, new):
     return (raw[:start] + text.encode() + raw[end:]).decode()
 
 
-def passes(folder, arguments):
-    """Do the tests pass there?"""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-               *shlex.split(arguments)]
-    environment = os.environ | dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-    try:
-        return subprocess.run(command, cwd=folder, env=environment, timeout=HANG,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+class Order:
+    """pytest's plugin: what caught an earlier edit runs first, then the quick tests before the slow
+    ones. `times` and `failed` tell how it went."""
+
+    def __init__(self, times, kills):
+        self.times, self.kills, self.failed = times, kills, None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: (-self.kills[item.nodeid], self.times.get(item.nodeid, 0)))
+
+    def pytest_runtest_logreport(self, report):
+        self.times[report.nodeid] = self.times.get(report.nodeid, 0) + report.duration
+        self.failed = report.nodeid if report.failed else self.failed
+
+
+def work(folder, arguments, order, results):
+    """In a process of its own: run the tests there until one fails."""
+    os.setsid()                                          # the tests' own children end with it
+    os.chdir(folder)
+    sys.path[0] = folder
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
+    code = pytest.main(["-x", "-q", "--assert=plain", "-p", "no:cacheprovider",
+                        *shlex.split(arguments)], plugins=[order])
+    results.put((code == 0, order.failed or "no test could be run", order.times))
+
+
+def run(folder, arguments, order, hang):
+    """(do the tests pass there?, which did not, times): torch is imported once for all runs."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    process = context.Process(target=work, args=(folder, arguments, order, results))
+    process.start()
+    process.join(hang)
+    found = (False, "the hang guard, or a crash", {}) if results.empty() else results.get()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return found
 
 
 def main():
@@ -119,27 +160,36 @@ def main():
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--count", type=int, default=20, help="edits in each file (default 20)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", type=int, nargs="+", help="only those edits that are here")
     args = parser.parse_args()
     here, caught, tried = Path(__file__).resolve().parent, 0, 0
+    kills, whole = collections.Counter(), {}      # by test; times of all tests by arguments
     with tempfile.TemporaryDirectory() as folder:
         for path in here.glob("*.py"):
             (Path(folder) / path.name).write_text(path.read_text())
         for name in args.files:
             source, arguments = (here / name).read_text(), TESTS.get(name, f"test_{name}")
             edits = list(candidates(ast.parse(source)))
-            start = time.perf_counter()
-            if not passes(folder, arguments):
-                sys.exit(f"{name}: pytest {arguments} fails without any edit.")
-            print(f"{name}: {len(edits)} edits are possible; pytest {arguments} takes "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            if arguments not in whole:
+                start = time.perf_counter()
+                passed, failed, times = run(folder, arguments, Order({}, kills), None)
+                if not passed:
+                    sys.exit(f"{name}: {failed} fails without any edit.")
+                whole[arguments] = times, time.perf_counter() - start
+            times, took = whole[arguments]
+            print(f"{name}: {len(edits)} edits are possible; pytest {arguments} takes {took:.0f} s",
+                  flush=True)
             for node, new in random.Random(args.seed).sample(edits, min(args.count, len(edits))):
+                if args.lines and node.lineno not in args.lines:
+                    continue
                 (Path(folder) / name).write_text(replaced(source, node, new))
                 tried += 1
-                if passes(folder, arguments):
-                    old, text = ast.unparse(node), ast.unparse(new)
-                    print(f"  survived, line {node.lineno}: {old}  ->  {text}", flush=True)
-                else:
-                    caught += 1
+                passed, failed, _ = run(folder, arguments, Order(dict(times), kills), 60 + 3 * took)
+                caught += not passed
+                kills[failed] += not passed
+                print(f"  {'SURVIVED' if passed else 'caught'}, line {node.lineno}: "
+                      f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
+                      f"{'' if passed else f'   by {failed}'}", flush=True)
             (Path(folder) / name).write_text(source)
     print(f"{caught} of {tried} edits were caught: {caught / max(tried, 1):.1%}")
 

@@ -1,6 +1,7 @@
 """What the tests share: comparison, a small network of every kind of layer, the six optimizers."""
 import datetime
 import inspect
+import io
 import os
 import sys
 import tempfile
@@ -51,6 +52,11 @@ def raises(kind, words, call):
         call()
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
+
+
+def device_type():
+    """"cpu" or "cuda": where the tests run."""
+    return torch.get_default_device().type
 
 
 def parameters(model):
@@ -119,10 +125,11 @@ def make_net(seed=0, dtype=torch.float64, **options):
 
 
 def make_data(steps, batch=6, dtype=torch.float64):
-    """Batches of images that are far from zero mean, with their labels."""
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(batch, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype) + 0.5,
-             torch.randint(5, (batch,), generator=generator)) for _ in range(steps)]
+    """Batches of images that are far from zero mean, with their labels; the same on any device."""
+    random = dict(generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    data = [(torch.randn(batch, 3, 6, 6, dtype=torch.float64, **random).to(dtype) + 0.5,
+             torch.randint(5, (batch,), **random)) for _ in range(steps)]
+    return [(x.to(device_type()), y.to(device_type())) for x, y in data]
 
 
 def loss_of(model, x, y):
@@ -142,6 +149,16 @@ def trained(make, loop=usual, data=None, net=None, **options):
     optimizer = make(net, **options)
     loop(net, optimizer, make_data(8) if data is None else data)
     return snapshot(net, optimizer)
+
+
+def copy_of_run(net, optimizer, fresh, resumed):
+    """Give another model and its optimizer what a checkpoint file of the first ones holds."""
+    file = io.BytesIO()
+    torch.save([net.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    of_model, of_optimizer = torch.load(file, weights_only=True)
+    fresh.load_state_dict(of_model)
+    resumed.load_state_dict(of_optimizer)
 
 
 # ---- the optimizers ----
@@ -175,6 +192,9 @@ SGD_FAMILY = ("mac", "foof", "nysact", "kfac")     # they precondition the gradi
 def only(*names):
     """A test of these optimizers, where the fixture `make` brings all."""
     return pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in names], ids=names)
+
+
+only_cpu = pytest.mark.only_cpu        # compared with processes, which run on the CPU
 
 
 # ---- several processes ----
