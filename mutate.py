@@ -3,10 +3,14 @@
     python mutate.py foof.py                             # 20 edits, drawn with seed 0
     python mutate.py mac.py kfac.py --count 50 --seed 1  # 50 in each
 
+    python mutate.py foof.py --lines 94 95 --every       # a closer look at what survived
+
 An edit flips a sign or a comparison, drops a factor, a transpose or a statement, swaps operands,
 arguments or axes, changes a number or a flag. Each is made in a copy of the project in a temporary
-folder, where the tests that matter for the file (TESTS) run until one fails. A survivor is a hole
-in the tests, or an edit that changes nothing (an equivalent one): read it and decide.
+folder, where tests run until one fails: of those for the file (TESTS) that call the edited
+function a few parametrisations, the quickest and what caught earlier edits first. A survivor is a
+hole in the tests, an edit that changes nothing (an equivalent one), or one that --every catches:
+read it and decide.
 """
 import argparse
 import ast
@@ -20,7 +24,6 @@ import shlex
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -30,15 +33,13 @@ import torch.distributed.checkpoint.state_dict            # noqa: F401
 sys.dont_write_bytecode = True                            # sources change within their clock's tick
 os.environ["OMP_NUM_THREADS"] = "1"
 
-FOUR = "test_math.py test_optimizers.py test_capture.py test_protocol.py"
-QUICK = "not compile and not export and not collected"      # the others find little, and take long
-TESTS = {"augment.py": "test_data.py test_augment.py"} | {
+TESTS = {"augment.py": "test_data.py test_augment.py"} | dict.fromkeys(
     # pytest's arguments for a file; others: the test file of its name
-    f"{name}.py": f"{FOUR} -k '{QUICK}'" for name in (
-        "optimizer", "capture", "patches", "covariance", "blocks", "pooling", "precision")} | {
-    f"{name}.py": f"{FOUR} -k '{QUICK} and {words}'" for name, words in dict(
-        mac="mac", attention="mac", nysact="nysact", foof="foof", kfac="kfac", calls="kfac",
-        adafisher="adafisher").items()}
+    ("mac.py", "foof.py", "nysact.py", "kfac.py", "calls.py", "adafisher.py", "attention.py",
+     "covariance.py", "patches.py", "blocks.py", "pooling.py", "precision.py", "optimizer.py",
+     "capture.py"),
+    "test_math.py test_optimizers.py test_capture.py test_protocol.py "
+    "-k 'not compile and not export and not ranks and not cuda'")     # which take long
 
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
              ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
@@ -112,23 +113,57 @@ def replaced(source, node, new):
     return (raw[:start] + text.encode() + raw[end:]).decode()
 
 
-class Order:
-    """pytest's plugin: what caught an earlier edit runs first, then the quick tests before the slow
-    ones. `times` and `failed` tell how it went."""
+class Plugin:
+    """pytest's plugin: which tests run, in which order; how long each took, which one failed, and,
+    if traced, the project's functions that each called."""
 
-    def __init__(self, times, kills):
-        self.times, self.kills, self.failed = times, kills, None
+    def __init__(self, folder, choose, traced=False):
+        self.folder, self.choose, self.traced = folder, choose, traced
+        self.times, self.calls, self.failed = collections.Counter(), {}, None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: (-self.kills[item.nodeid], self.times.get(item.nodeid, 0)))
+        names = self.choose([item.nodeid for item in items])
+        found = {item.nodeid: item for item in items}
+        items[:] = [found[name] for name in names]
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        called = self.calls[item.nodeid] = set()
+
+        def trace(frame, event, arg):
+            if frame.f_code.co_filename.startswith(self.folder):
+                called.add((os.path.basename(frame.f_code.co_filename), frame.f_code.co_name))
+        if self.traced:
+            sys.settrace(trace)
+        yield
+        sys.settrace(None)
 
     def pytest_runtest_logreport(self, report):
-        self.times[report.nodeid] = self.times.get(report.nodeid, 0) + report.duration
+        self.times[report.nodeid] += report.duration
         self.failed = report.nodeid if report.failed else self.failed
 
 
-def work(folder, arguments, order, results):
+def sample(names, most=10):
+    """At most so many parametrisations of each test, evenly spaced."""
+    tests = collections.defaultdict(list)
+    for name in names:
+        tests[name.split("[")[0]].append(name)
+    return [each[i * len(each) // min(most, len(each))] for each in tests.values()
+            for i in range(min(most, len(each)))]
+
+
+def quickest(names, times, kills, most=4):
+    """What caught earlier edits, then of each test the quickest parametrisations."""
+    chosen = []
+    for name in sorted(names, key=lambda name: (-kills[name], times[name])):
+        test = name.split("[")[0]
+        if kills[name] or sum(x.split("[")[0] == test for x in chosen) < most:
+            chosen.append(name)
+    return chosen
+
+
+def work(folder, arguments, plugin, sender):
     """In a process of its own: run the tests there until one fails."""
     os.setsid()                                          # the tests' own children end with it
     os.chdir(folder)
@@ -137,22 +172,33 @@ def work(folder, arguments, order, results):
     for stream in (1, 2):
         os.dup2(sys.stdout.fileno(), stream)
     code = pytest.main(["-x", "-q", "--assert=plain", "-p", "no:cacheprovider",
-                        *shlex.split(arguments)], plugins=[order])
-    results.put((code == 0, order.failed or "no test could be run", order.times))
+                        *shlex.split(arguments)], plugins=[plugin])
+    sender.send((code == 0, plugin.failed or "none: they cannot even be collected", plugin.times,
+                 plugin.calls))
 
 
-def run(folder, arguments, order, hang):
-    """(do the tests pass there?, which did not, times): torch is imported once for all runs."""
+def run(folder, arguments, plugin, hang=None):
+    """(do the tests pass there?, which did not, times, calls); torch is imported once for all."""
     context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    process = context.Process(target=work, args=(folder, arguments, order, results))
+    receiver, sender = context.Pipe(False)
+    process = context.Process(target=work, args=(folder, arguments, plugin, sender))
     process.start()
-    process.join(hang)
-    found = (False, "the hang guard, or a crash", {}) if results.empty() else results.get()
+    sender.close()
+    found = False, "a crash, or the hang guard", {}, {}
+    if receiver.poll(hang):
+        with contextlib.suppress(EOFError):
+            found = receiver.recv()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
     return found
+
+
+def function_of(tree, node):
+    """The innermost function around a node, or the module."""
+    inside = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
+              and f.body[0].lineno <= node.lineno <= f.end_lineno]
+    return max(inside, key=lambda f: f.lineno).name if inside else "<module>"
 
 
 def main():
@@ -161,30 +207,36 @@ def main():
     parser.add_argument("--count", type=int, default=20, help="edits in each file (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=int, nargs="+", help="only those edits that are here")
+    parser.add_argument("--every", action="store_true", help="every parametrisation, not a few")
     args = parser.parse_args()
     here, caught, tried = Path(__file__).resolve().parent, 0, 0
-    kills, whole = collections.Counter(), {}      # by test; times of all tests by arguments
+    kills, whole = collections.Counter(), {}      # by test; what a run without edits told
     with tempfile.TemporaryDirectory() as folder:
+        folder = os.path.realpath(folder)
         for path in here.glob("*.py"):
             (Path(folder) / path.name).write_text(path.read_text())
         for name in args.files:
             source, arguments = (here / name).read_text(), TESTS.get(name, f"test_{name}")
-            edits = list(candidates(ast.parse(source)))
-            if arguments not in whole:
-                start = time.perf_counter()
-                passed, failed, times = run(folder, arguments, Order({}, kills), None)
-                if not passed:
-                    sys.exit(f"{name}: {failed} fails without any edit.")
-                whole[arguments] = times, time.perf_counter() - start
-            times, took = whole[arguments]
-            print(f"{name}: {len(edits)} edits are possible; pytest {arguments} takes {took:.0f} s",
-                  flush=True)
+            tree = ast.parse(source)
+            edits = list(candidates(tree))
+            if arguments not in whole and not args.every:
+                whole[arguments] = run(folder, arguments, Plugin(folder, sample, traced=True))
+                if not whole[arguments][0]:
+                    sys.exit(f"{name}: {whole[arguments][1]} fails without any edit.")
+            print(f"{name}: {len(edits)} edits are possible", flush=True)
             for node, new in random.Random(args.seed).sample(edits, min(args.count, len(edits))):
                 if args.lines and node.lineno not in args.lines:
                     continue
                 (Path(folder) / name).write_text(replaced(source, node, new))
-                tried += 1
-                passed, failed, _ = run(folder, arguments, Order(dict(times), kills), 60 + 3 * took)
+                tried, function = tried + 1, function_of(tree, node)
+                if args.every:
+                    passed, failed, *_ = run(folder, arguments, Plugin(folder, list))
+                else:
+                    *_, times, calls = whole[arguments]
+                    tests = [test for test in calls if (name, function) in calls[test]]
+                    tests = quickest(tests or [*calls], times, kills)
+                    passed, failed, *_ = run(folder, arguments, Plugin(folder, lambda _: tests),
+                                             120 + 5 * sum(times[test] for test in tests))
                 caught += not passed
                 kills[failed] += not passed
                 print(f"  {'SURVIVED' if passed else 'caught'}, line {node.lineno}: "

@@ -13,9 +13,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict,
-    set_state_dict)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import models
 from adafisher import AdaFisherW
 from test_math import EXACT, METHODS, formula
-from testing import (OPTIMIZERS, close, factory, loss_of, make_data, on_ranks, only, parameters,
-                     randn, snapshot, trained, usual)
+from testing import (OPTIMIZERS, Uses, close, factory, loss_of, make_data, on_ranks, only,
+                     parameters, randn, trained, usual)
 
 SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
 SIX["adafisherw"] = factory(AdaFisherW, **EXACT, weight_decay=0.0)
@@ -37,19 +34,6 @@ def listed(optimizer):
 
 
 # ---- uses of a weight ----
-
-class Uses(nn.Module):
-    """`layer`, and a function of self and x that uses its weight; `beside`, an ordinary layer."""
-
-    def __init__(self, layer, use, beside=None):
-        super().__init__()
-        self.layer, self.use, self.beside = layer, use, beside
-
-    def forward(self, x):
-        ys = self.use(self, x)
-        ys = [ys] if torch.is_tensor(ys) else [*ys]
-        return ys if self.beside is None else ys + [self.beside(randn(4, 3))]
-
 
 class Normed(nn.Linear):
     def forward(self, x):
@@ -304,70 +288,6 @@ def test_use_that_takes_the_plain_step(use, method):
     assert listed(optimizer) == {"beside"}
 
 
-@pytest.mark.parametrize("flat", (None, False, True))
-def test_resumed_without_bias(make, flat):
-    """A run that resumes from torch's state, or torch.distributed.checkpoint's: bit for bit."""
-    torch.manual_seed(0)
-    net = Uses(linear(), LONE_USES["another bias"][1], beside=nn.Linear(3, 2)).double()
-    nets, data = (net, copy.deepcopy(net)), randn(6, 5, 4)
-    optimizers = [make(net, loss_terms=5) for net in nets]
-
-    def train(i, part):
-        torch.manual_seed(1)
-        for x in part:
-            optimizers[i].zero_grad()
-            sum(y.square().sum() for y in nets[i](x)).backward()
-            optimizers[i].step()
-    train(0, data[:3])
-    nets[1].load_state_dict(nets[0].state_dict())
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    if flat is None:
-        optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-    else:
-        set_optimizer_state_dict(nets[1], optimizers[1], copy.deepcopy(
-            get_optimizer_state_dict(nets[0], optimizers[0], options=options)), options=options)
-    for i in range(2):
-        train(i, data[3:])
-    assert "layer" in listed(optimizers[0])
-    close(snapshot(nets[1], optimizers[1]), snapshot(nets[0], optimizers[0]), 0)
-
-
-# ---- nn.MultiheadAttention ----
-
-class SelfAttention(nn.MultiheadAttention):
-    """Normalises its one input."""
-
-    def forward(self, x):
-        x = F.layer_norm(x, x.shape[-1:])
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
-@pytest.mark.parametrize("method", ("mac", "foof", "nysact, exact"))
-@pytest.mark.parametrize("dropout", (0.0, 0.5))
-def test_multihead_attention_parts(method, dropout):
-    """in_proj_weight by its three inputs, out_proj by the rows that it got, after dropout."""
-    net = SelfAttention(8, 2, dropout=dropout, batch_first=True).double()
-    nn.init.normal_(net.in_proj_bias)
-    optimizer, before, x = SIX[method](net), parameters(net), randn(2, 3, 8)
-    y = net(x)
-    torch.manual_seed(1)
-    g = randn(*y.shape)
-    (y * g).sum().backward()
-    optimizer.step()
-    assert listed(optimizer) == {"in_proj_weight", "out_proj"}
-    out = net.out_proj
-    G = matrix(out, out.weight.grad, out.bias.grad)
-    rows, g = torch.linalg.pinv(g.view(6, 8).mT) @ G, g.view(6, 8)
-    want = formula(method, G[None], [(rows[None, None], g[None, None])], dict(samples=2), 0.3)[0]
-    moved = {name: before[name] - p for name, p in net.named_parameters()}
-    close(matrix(out, moved["out_proj.weight"], moved["out_proj.bias"]), want, 1e-9)
-    a = F.pad(F.layer_norm(x, (8,)).view(1, 1, 6, 8), (0, 1), value=1.0)          # MAC: of q and k
-    G, change = (matrix(net, w, b).view(3, 8, 9)[:2 if method == "mac" else 3] for w, b in (
-        (net.in_proj_weight.grad, net.in_proj_bias.grad),
-        (moved["in_proj_weight"], moved["in_proj_bias"])))
-    close(change, formula(method, G, [(a, a)], {}, 0.3), 1e-9)
-
-
 # ---- what is no training pass ----
 
 class Small(nn.Module):
@@ -616,64 +536,31 @@ def test_parts_called(make):
     close(trained(make, loop, net=small()), reference(make), 1e-13)
 
 
-class Checkpointed(Small):
-    reentrant = False
-
-    def forward(self, x):
-        x = self.conv(x).flatten(2).mT
-        x = checkpoint(self.attn, x, use_reentrant=self.reentrant)
-        return self.head(checkpoint(self.rest, x, use_reentrant=False).mean(1))
-
-    def rest(self, x):
-        return F.linear(x.tanh(), self.mlp.weight, self.mlp.bias)
-
-
-@pytest.mark.parametrize("reentrant", (False, True))
-def test_checkpointing(make, reentrant):
-    net = small()
-    net.__class__, net.reentrant = Checkpointed, reentrant
-    close(trained(make, net=net), reference(make), 1e-13)
-
-
 # ---- torch.compile ----
-
-def compiled_model(model, optimizer, data):
-    usual(torch.compile(model, backend="eager"), optimizer, data)
-
-
-def compiled_in_place(model, optimizer, data):
-    model.compile(backend="eager")
-    usual(model, optimizer, data)
-
-
-def compiled_part(model, optimizer, data):
-    model.attn.compile(backend="eager")
-    usual(model, optimizer, data)
-
 
 def compiled_step(model, optimizer, data):
     @torch.compile(backend="eager")
-    def step(x, y):
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        optimizer.step()
-    for x, y in data:
-        step(x, y)
+    def step(batch):
+        usual(model, optimizer, [batch])
+    for batch in data:
+        step(batch)
 
 
-def compiled_on_an_idle_step(model, optimizer, data):
-    usual(model, optimizer, data[:1])
-    usual(torch.compile(model, backend="eager"), optimizer, data[1:])
+def compiled(in_place=False, part=None, eager_steps=0):
+    """The model, or a part of it, is compiled after so many steps."""
+    def loop(model, optimizer, data):
+        usual(model, optimizer, data[:eager_steps])
+        if in_place:
+            model.get_submodule(part or "").compile(backend="eager")
+            usual(model, optimizer, data[eager_steps:])
+        else:
+            usual(torch.compile(model, backend="eager"), optimizer, data[eager_steps:])
+    return loop
 
 
-def compiled_in_place_on_an_idle_step(model, optimizer, data):
-    usual(model, optimizer, data[:1])
-    model.compile(backend="eager")
-    usual(model, optimizer, data[1:])
-
-
-COMPILED = (compiled_model, compiled_in_place, compiled_part, compiled_step,
-            compiled_on_an_idle_step, compiled_in_place_on_an_idle_step)
+COMPILED = {"step": compiled_step, "part": compiled(in_place=True, part="attn")} | {
+    f"{in_place=}, {eager_steps=}": compiled(in_place, eager_steps=eager_steps)
+    for in_place in (False, True) for eager_steps in (0, 1)}
 
 
 @only("mac", "kfac", "adafisher")
@@ -682,33 +569,14 @@ def test_compiled(make, loop):
     """It trains as it does without; or raises, and says what to do. Never in silence."""
     torch._dynamo.reset()
     try:
-        got = trained(make, loop, net=small())
+        got = trained(make, COMPILED[loop], net=small())
     except RuntimeError as error:
         assert "optimizer.collecting" in str(error)
     else:
         close(got, reference(make), 1e-13)
 
 
-# ---- torch.distributed.checkpoint, several processes ----
-
-@pytest.mark.parametrize("flat", (False, True))
-def test_distributed_checkpoint(make, flat):
-    """What is known of uses comes along, into an optimizer that has taken no step."""
-    options, nets, data = StateDictOptions(flatten_optimizer_state_dict=flat), [], make_data(8)
-    for i in range(2):
-        net = small(i)
-        optimizer = make(net)
-        if i == 0:
-            usual(net, optimizer, data[:3])
-            saved = copy.deepcopy(get_state_dict(net, optimizer, options=options))
-        else:
-            set_state_dict(net, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1],
-                           options=options)
-        usual(net, optimizer, data[3:])
-        nets.append(snapshot(net, optimizer))
-    close(nets[1], nets[0], 0)
-
-
+# ---- several processes ----
 
 def one_rank_by_einsum(rank, world, name):
     """The only layer is used in a way that is not followed, on the last rank alone."""

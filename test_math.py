@@ -101,22 +101,12 @@ def with_ones(x, bias=True):
 # ---- one step of every method against explicit rows ----
 
 def conv_rows(x, conv):
-    """The rows that each group of a convolution sees, by loops: (groups, B, S, C/groups·kh·kw)."""
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    if conv.padding == "same":           # what is odd goes to the end
-        totals = [dil * (k - 1) for dil, k in zip(conv.dilation, conv.kernel_size)]
-        before_after = [(total // 2, total - total // 2) for total in totals]
-    else:
-        before_after = [(p, p) for p in ((0, 0) if conv.padding == "valid" else conv.padding)]
-    mode = {"zeros": "constant", "reflect": "reflect", "replicate": "edge",
-            "circular": "wrap"}[conv.padding_mode]
-    image = np.pad(x.detach().cpu().numpy(), [(0, 0), (0, 0), *before_after], mode=mode)
-    height = (image.shape[2] - dh * (kh - 1) - 1) // sh + 1
-    width = (image.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    taps = [image[:, :, dh * p:dh * p + sh * height:sh, dw * q:dw * q + sw * width:sw]
-            for p in range(kh) for q in range(kw)]                          # each (B, C, oH, oW)
-    rows = torch.tensor(np.stack(taps, 2))                                  # (B, C, kh·kw, oH, oW)
-    return rows.unflatten(1, (conv.groups, -1)).flatten(2, 3).flatten(3).permute(1, 0, 3, 2)
+    """The rows that each group of a convolution sees, by torch's im2col of the padded images:
+    (groups, B, S, C/groups·kh·kw)."""
+    mode = conv.padding_mode.replace("zeros", "constant")
+    x = F.pad(x.detach(), conv._reversed_padding_repeated_twice, mode)
+    rows = F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride)     # (B, C·kh·kw, S)
+    return rows.unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2)
 
 
 def input_rows(x, layer):
