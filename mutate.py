@@ -7,30 +7,34 @@
 
 An edit flips a sign or a comparison, drops a factor, a transpose or a statement, swaps operands,
 arguments or axes, changes a number or a flag. Each is made in a copy of the project in a temporary
-folder, where tests run until one fails: of those for the file (TESTS) that call the edited
-function a few parametrisations, the quickest and what caught earlier edits first. A survivor is a
-hole in the tests, an edit that changes nothing (an equivalent one), or one that --every catches:
-read it and decide.
+folder. pytest collects the tests once; for each edit a fork gives the function its edited body and
+runs tests until one fails: of those that call the function a few parametrisations, the quickest and
+what caught earlier edits first. (Edits of what is done on import take a new process.) A survivor is
+a hole in the tests, an edit that changes nothing (an equivalent one), or one that --every catches:
+read it and decide. Needs fork(), so Linux or macOS.
 """
 import argparse
 import ast
 import collections
 import contextlib
 import copy
+import gc
 import multiprocessing
 import os
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
+import time
+import types
 from pathlib import Path
 
 import pytest
-import torch._dynamo                                      # before the processes are forked
-import torch.distributed.checkpoint.state_dict            # noqa: F401
+from _pytest.runner import runtestprotocol
 
-sys.dont_write_bytecode = True                            # sources change within their clock's tick
+sys.dont_write_bytecode = True           # sources change within a tick of their clock
 os.environ["OMP_NUM_THREADS"] = "1"
 
 TESTS = {"augment.py": "test_data.py test_augment.py"} | dict.fromkeys(
@@ -113,92 +117,153 @@ def replaced(source, node, new):
     return (raw[:start] + text.encode() + raw[end:]).decode()
 
 
-class Plugin:
-    """pytest's plugin: which tests run, in which order; how long each took, which one failed, and,
-    if traced, the project's functions that each called."""
+def in_child(work, hang=None):
+    """work()'s result in a fork of this process; None if it crashed or took so many seconds."""
+    receiver, sender = multiprocessing.Pipe(False)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()                                  # the tests' own children end with it
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            sender.send(work())
+        finally:
+            os._exit(0)
+    sender.close()
+    result = None
+    if receiver.poll(hang):
+        with contextlib.suppress(EOFError):
+            result = receiver.recv()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return result
 
-    def __init__(self, folder, choose, traced=False):
-        self.folder, self.choose, self.traced = folder, choose, traced
-        self.times, self.calls, self.failed = collections.Counter(), {}, None
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items):
-        names = self.choose([item.nodeid for item in items])
-        found = {item.nodeid: item for item in items}
-        items[:] = [found[name] for name in names]
+def passes(item):
+    return not any(report.failed for report in runtestprotocol(item, log=False, nextitem=None))
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        called = self.calls[item.nodeid] = set()
+
+def first_failure(items, prepare=lambda: None):
+    """The first of these tests that fails; "" if all pass."""
+    prepare()
+    return next((item.nodeid for item in items if not passes(item)), "")
+
+
+def measured(items, folder):
+    """({test: seconds}, {test: the project's functions that it calls}, the first failure)."""
+    times, calls, failed = {}, {}, ""
+    for item in items:
+        called, start = calls.setdefault(item.nodeid, set()), time.perf_counter()
 
         def trace(frame, event, arg):
-            if frame.f_code.co_filename.startswith(self.folder):
+            if frame.f_code.co_filename.startswith(folder):
                 called.add((os.path.basename(frame.f_code.co_filename), frame.f_code.co_name))
-        if self.traced:
-            sys.settrace(trace)
-        yield
+        sys.settrace(trace)
+        failed = failed or ("" if passes(item) else item.nodeid)
         sys.settrace(None)
-
-    def pytest_runtest_logreport(self, report):
-        self.times[report.nodeid] += report.duration
-        self.failed = report.nodeid if report.failed else self.failed
+        times[item.nodeid] = time.perf_counter() - start
+    return times, calls, failed
 
 
-def sample(names, most=10):
+def sample(items, most=10):
     """At most so many parametrisations of each test, evenly spaced."""
     tests = collections.defaultdict(list)
-    for name in names:
-        tests[name.split("[")[0]].append(name)
+    for item in items:
+        tests[item.nodeid.split("[")[0]].append(item)
     return [each[i * len(each) // min(most, len(each))] for each in tests.values()
             for i in range(min(most, len(each)))]
 
 
 def quickest(names, times, kills, most=4):
     """What caught earlier edits, then of each test the quickest parametrisations."""
-    chosen = []
+    chosen, taken = [], collections.Counter()
     for name in sorted(names, key=lambda name: (-kills[name], times[name])):
         test = name.split("[")[0]
-        if kills[name] or sum(x.split("[")[0] == test for x in chosen) < most:
+        if kills[name] or taken[test] < most:
             chosen.append(name)
+            taken[test] += 1
     return chosen
 
 
-def work(folder, arguments, plugin, sender):
-    """In a process of its own: run the tests there until one fails."""
-    os.setsid()                                          # the tests' own children end with it
-    os.chdir(folder)
-    sys.path[0] = folder
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    for stream in (1, 2):
-        os.dup2(sys.stdout.fileno(), stream)
-    code = pytest.main(["-x", "-q", "--assert=plain", "-p", "no:cacheprovider",
-                        *shlex.split(arguments)], plugins=[plugin])
-    sender.send((code == 0, plugin.failed or "none: they cannot even be collected", plugin.times,
-                 plugin.calls))
-
-
-def run(folder, arguments, plugin, hang=None):
-    """(do the tests pass there?, which did not, times, calls); torch is imported once for all."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(False)
-    process = context.Process(target=work, args=(folder, arguments, plugin, sender))
-    process.start()
-    sender.close()
-    found = False, "a crash, or the hang guard", {}, {}
-    if receiver.poll(hang):
-        with contextlib.suppress(EOFError):
-            found = receiver.recv()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    return found
-
-
 def function_of(tree, node):
-    """The innermost function around a node, or the module."""
+    """The outermost function whose body has the node, or None."""
     inside = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
               and f.body[0].lineno <= node.lineno <= f.end_lineno]
-    return max(inside, key=lambda f: f.lineno).name if inside else "<module>"
+    return min(inside, key=lambda f: f.lineno, default=None)
+
+
+def exchange(path, source, function):
+    """Give the function, wherever it is known already, the body that it has in this source."""
+    line = min([function.lineno, *(each.lineno for each in function.decorator_list)])
+
+    def search(code):
+        for each in code.co_consts:
+            if isinstance(each, types.CodeType):
+                yield from [each] if (each.co_name, each.co_firstlineno) == (
+                    function.name, line) else search(each)
+    new, = search(compile(source, path, "exec"))
+    for each in gc.get_objects():
+        if isinstance(each, types.FunctionType) and each.__code__.co_filename == path and (
+                each.__code__.co_name, each.__code__.co_firstlineno) == (function.name, line):
+            each.__code__ = new
+
+
+class Mutants:
+    """pytest's plugin: in place of the tests it runs those that matter, once for each edit."""
+
+    def __init__(self, names, args, folder):
+        self.names, self.args, self.folder = names, args, folder
+        self.kills = collections.Counter()
+
+    def pytest_runtestloop(self, session):
+        items = {item.nodeid: item for item in session.items}
+        self.times, self.calls, failed = in_child(
+            lambda: measured(sample(items.values()), self.folder))
+        if failed:
+            pytest.exit(f"{failed} fails without any edit.")
+        print(f"\n{len(self.calls)} of {len(items)} tests, {sum(self.times.values()):.0f} s",
+              flush=True)
+        caught = tried = 0
+        for name in self.names:
+            path = Path(self.folder) / name
+            source = path.read_text()
+            tree = ast.parse(source)
+            edits = list(candidates(tree))
+            print(f"{name}: {len(edits)} edits are possible", flush=True)
+            for node, new in random.Random(self.args.seed).sample(
+                    edits, min(self.args.count, len(edits))):
+                if self.args.lines and node.lineno not in self.args.lines:
+                    continue
+                killer = self.killer(items, path, replaced(source, node, new),
+                                     function_of(tree, node))
+                tried, caught = tried + 1, caught + bool(killer)
+                self.kills[killer] += 1
+                print(f"  {f'caught by {killer}' if killer else 'SURVIVED'}, line {node.lineno}: "
+                      f"{ast.unparse(node)}  ->  {ast.unparse(new)}", flush=True)
+            path.write_text(source)
+        print(f"{caught} of {tried} edits were caught: {caught / max(tried, 1):.1%}")
+        return True
+
+    def killer(self, items, path, edited, function):
+        """The test that fails with this edit, or ""."""
+        tests = [test for test in self.calls
+                 if function is None or (path.name, function.name) in self.calls[test]]
+        tests = [*items] if self.args.every else quickest(tests or self.calls, self.times,
+                                                          self.kills)
+        hang = None if self.args.every else 60 + 10 * sum(self.times[test] for test in tests)
+        if function is not None:
+            found = in_child(lambda: first_failure(
+                [items[test] for test in tests],
+                lambda: exchange(str(path), edited, function)), hang)
+            return "a crash, or the hang guard" if found is None else found
+        path.write_text(edited)                            # what is done once, on import
+        done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-x", "-q", "--tb=no", "-p",
+                               "no:cacheprovider", *tests], cwd=self.folder, capture_output=True,
+                              text=True)
+        failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(
+            ("FAILED", "ERROR"))]
+        return failed[0] if failed else "a crash" if done.returncode else ""
 
 
 def main():
@@ -209,41 +274,23 @@ def main():
     parser.add_argument("--lines", type=int, nargs="+", help="only those edits that are here")
     parser.add_argument("--every", action="store_true", help="every parametrisation, not a few")
     args = parser.parse_args()
-    here, caught, tried = Path(__file__).resolve().parent, 0, 0
-    kills, whole = collections.Counter(), {}      # by test; what a run without edits told
+    here, groups = Path(__file__).resolve().parent, collections.defaultdict(list)
+    for name in args.files:
+        groups[TESTS.get(name, f"test_{name}")].append(name)
     with tempfile.TemporaryDirectory() as folder:
         folder = os.path.realpath(folder)
         for path in here.glob("*.py"):
             (Path(folder) / path.name).write_text(path.read_text())
-        for name in args.files:
-            source, arguments = (here / name).read_text(), TESTS.get(name, f"test_{name}")
-            tree = ast.parse(source)
-            edits = list(candidates(tree))
-            if arguments not in whole and not args.every:
-                whole[arguments] = run(folder, arguments, Plugin(folder, sample, traced=True))
-                if not whole[arguments][0]:
-                    sys.exit(f"{name}: {whole[arguments][1]} fails without any edit.")
-            print(f"{name}: {len(edits)} edits are possible", flush=True)
-            for node, new in random.Random(args.seed).sample(edits, min(args.count, len(edits))):
-                if args.lines and node.lineno not in args.lines:
-                    continue
-                (Path(folder) / name).write_text(replaced(source, node, new))
-                tried, function = tried + 1, function_of(tree, node)
-                if args.every:
-                    passed, failed, *_ = run(folder, arguments, Plugin(folder, list))
-                else:
-                    *_, times, calls = whole[arguments]
-                    tests = [test for test in calls if (name, function) in calls[test]]
-                    tests = quickest(tests or [*calls], times, kills)
-                    passed, failed, *_ = run(folder, arguments, Plugin(folder, lambda _: tests),
-                                             120 + 5 * sum(times[test] for test in tests))
-                caught += not passed
-                kills[failed] += not passed
-                print(f"  {'SURVIVED' if passed else 'caught'}, line {node.lineno}: "
-                      f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
-                      f"{'' if passed else f'   by {failed}'}", flush=True)
-            (Path(folder) / name).write_text(source)
-    print(f"{caught} of {tried} edits were caught: {caught / max(tried, 1):.1%}")
+        os.chdir(folder)
+        sys.path[0] = folder
+        for arguments, names in groups.items():
+            if os.fork() == 0:                             # each group imports its files anew
+                code = pytest.main(["-q", "--tb=native", "--assert=plain", "-s", "-p",
+                                    "no:cacheprovider", *shlex.split(arguments)],
+                                   plugins=[Mutants(names, args, folder)])
+                sys.stdout.flush()
+                os._exit(code)
+            os.wait()
 
 
 if __name__ == "__main__":

@@ -103,8 +103,12 @@ def with_ones(x, bias=True):
 def conv_rows(x, conv):
     """The rows that each group of a convolution sees, by torch's im2col of the padded images:
     (groups, B, S, C/groups·kh·kw)."""
+    totals = [2 * p for p in ((0, 0) if isinstance(conv.padding, str) else conv.padding)]
+    if conv.padding == "same":           # what is odd goes to the end
+        totals = [dil * (k - 1) for dil, k in zip(conv.dilation, conv.kernel_size)]
+    (top, bottom), (left, right) = [(total // 2, total - total // 2) for total in totals]
     mode = conv.padding_mode.replace("zeros", "constant")
-    x = F.pad(x.detach(), conv._reversed_padding_repeated_twice, mode)
+    x = F.pad(x.detach(), (left, right, top, bottom), mode)
     rows = F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride)     # (B, C·kh·kw, S)
     return rows.unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2)
 
