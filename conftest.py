@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.option.showlocals = True                     # a failure tells the round of its loop
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
-    config.addinivalue_line("markers", "only_cpu: compares with processes, which use no GPU")
+    config.addinivalue_line("markers", "only_cpu: compares with what runs on the CPU")
     config.addinivalue_line("markers", "only_cuda: shows what only a GPU does")
     torch.set_num_threads(1)                            # tensors here are small: more would wait
     if config.getoption("--device") == "cuda":
@@ -32,6 +32,8 @@ def pytest_configure(config):
             raise pytest.UsageError("--device cuda: torch finds no CUDA device here; leave the "
                                     "option out to test on the CPU")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        for kind in ("flash", "mem_efficient", "cudnn"):       # their gradients differ each time
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
         if hasattr(torch.backends.cudnn, "conv"):       # comparisons without TF32
             torch.backends.cudnn.conv.fp32_precision = "ieee"
         else:

@@ -166,7 +166,7 @@ def measured(items, folder):
     return times, calls, failed
 
 
-def sample(items, most=10):
+def sample(items, most=6):
     """At most so many parametrisations of each test, evenly spaced."""
     tests = collections.defaultdict(list)
     for item in items:
@@ -175,7 +175,7 @@ def sample(items, most=10):
             for i in range(min(most, len(each)))]
 
 
-def quickest(names, times, kills, most=4):
+def quickest(names, times, kills, most=3):
     """What caught earlier edits, then of each test the quickest parametrisations."""
     chosen, taken = [], collections.Counter()
     for name in sorted(names, key=lambda name: (-kills[name], times[name])):

@@ -35,45 +35,22 @@ def listed(optimizer):
 
 # ---- uses of a weight ----
 
-class Normed(nn.Linear):
-    def forward(self, x):
-        return super().forward(F.layer_norm(x, x.shape[-1:]))
+def own(kind, forward, *arguments, **options):
+    """Builds a layer of a subclass with this forward(self, x)."""
+    return functools.partial(type("Own", (kind,), dict(forward=forward)), *arguments, **options)
 
 
-class Padded(nn.Linear):
-    def forward(self, x):
-        return F.linear(F.pad(x, (1, 0)), self.weight, self.bias)
+def affine(m, x):
+    return F.linear(x, m.weight, m.bias)
 
 
-class Dropped(nn.Linear):
-    def forward(self, x):
-        return super().forward(F.dropout(x, 0.5))
+def mirrored(m, x):
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), m.weight, m.bias, m.stride)
 
 
-class Squared(nn.Linear):
-    def forward(self, input):
-        return torch.addmm(self.bias, input * input, self.weight.t())
-
-
-class Mirrored(nn.Conv2d):
-    def forward(self, x):
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.weight, self.bias, self.stride)
-
-
-class Turned(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x.mT).mT
-
-
-class Tokens(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x).flatten(2).mT
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, x):
-        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return F.conv2d(x, w / w.flatten(1).std(1)[:, None, None, None], self.bias)
+def standardised(m, x):
+    w = m.weight - m.weight.mean((1, 2, 3), keepdim=True)
+    return F.conv2d(x, w / w.flatten(1).std(1)[:, None, None, None], m.bias)
 
 
 class Conv1D(nn.Module):
@@ -132,18 +109,22 @@ def at_last(m, x):
     return m.layer(x), torch.einsum("od,bd->bo", m.layer.weight, x)
 
 
+NORMED = own(nn.Linear, lambda m, x: affine(m, F.layer_norm(x, x.shape[-1:])), 4, 9)
 ROWS, TOKENS, IMAGES = (5, 4), (2, 3, 4), (2, 2, 3, 3)
 EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out) or (B, out, ...)
     "a module": (linear, called, ROWS),
     "tokens": (linear, called, TOKENS),
-    "normalises": (functools.partial(Normed, 4, 9), called, ROWS),
-    "normalises tokens": (functools.partial(Normed, 4, 9), called, TOKENS),
-    "pads": (functools.partial(Padded, 5, 9), called, ROWS),
-    "drops": (functools.partial(Dropped, 4, 9), called, ROWS),
-    "squares": (functools.partial(Squared, 4, 9), called, ROWS),
-    "pads its images": (functools.partial(Mirrored, 2, 8, 3, stride=2), called, IMAGES),
-    "turns its images": (functools.partial(Turned, 2, 8, (1, 3)), called, (2, 2, 3, 4)),
-    "returns tokens": (functools.partial(Tokens, 2, 9, 2), called, IMAGES),
+    "normalises": (NORMED, called, ROWS),
+    "normalises tokens": (NORMED, called, TOKENS),
+    "pads": (own(nn.Linear, lambda m, x: affine(m, F.pad(x, (1, 0))), 5, 9), called, ROWS),
+    "drops": (own(nn.Linear, lambda m, x: affine(m, F.dropout(x, 0.5)), 4, 9), called, ROWS),
+    "squares": (own(nn.Linear, lambda m, input: torch.addmm(
+        m.bias, input * input, m.weight.t()), 4, 9), called, ROWS),
+    "pads its images": (own(nn.Conv2d, mirrored, 2, 8, 3, stride=2), called, IMAGES),
+    "turns its images": (own(nn.Conv2d, lambda m, x: nn.Conv2d.forward(m, x.mT).mT, 2, 8, (1, 3)),
+                         called, (2, 2, 3, 4)),
+    "returns tokens": (own(nn.Conv2d, lambda m, x: nn.Conv2d.forward(m, x).flatten(2).mT, 2, 9, 2),
+                       called, IMAGES),
     "groups": (conv(groups=2), called, (2, 2, 2, 3)),
     "forward replaced": (replaced, called, ROWS),
     "pre-hook": (hooked, called, ROWS),
@@ -168,7 +149,7 @@ EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out
                                                              m.layer.bias)), ROWS),
     "checkpointed function": (linear, lambda m, x: checkpoint(
         lambda x: F.linear(x.tanh(), m.layer.weight, m.layer.bias), x, use_reentrant=False), ROWS),
-    "checkpointed module": (functools.partial(Normed, 4, 9), lambda m, x: checkpoint(
+    "checkpointed module": (NORMED, lambda m, x: checkpoint(
         m.layer, x.requires_grad_(), use_reentrant=True), ROWS),
 }
 LONE_USES = {       # the bias is none of the weight's inputs' coordinates: it takes the plain step
@@ -189,7 +170,7 @@ PLAIN_USES = {      # what the statistics do not describe, or nobody sees
     "scaled": (linear, lambda m, x: F.linear(x, 2 * m.layer.weight, m.layer.bias), ROWS),
     "cast": (linear, lambda m, x: F.linear(x.float(), m.layer.weight.float()).double(), ROWS),
     "masked": (plain_linear, lambda m, x: F.linear(x, m.layer.weight * (m.layer.weight > 0)), ROWS),
-    "standardised": (functools.partial(Standardised, 2, 8, 2), called, IMAGES),
+    "standardised": (own(nn.Conv2d, standardised, 2, 8, 2), called, IMAGES),
     "weight norm": (parametrized(nn.utils.parametrizations.weight_norm), called, ROWS),
     "spectral norm": (parametrized(nn.utils.parametrizations.spectral_norm), called, ROWS),
     "some of its rows": (linear, lambda m, x: F.linear(
@@ -228,6 +209,7 @@ def step_of(make, net, x, steps=1):
     for _ in range(steps):
         optimizer.zero_grad()
         before, ys = parameters(net), net(x)
+        ys = [ys] if torch.is_tensor(ys) else ys
         for y in ys:
             y.retain_grad()
         torch.manual_seed(1)

@@ -9,29 +9,24 @@ formula with matrices formed from explicit rows, `test_plain` whole runs against
                  (5) by calibrate()               test_mac_calibrate, ..._calibrate_on_ranks
                  (6)                              test_mac_attention_*, test_mac_multihead_attention
                  Proposition 4.1                  test_mac_proposition_4_1
-                 multiplier, convergence          test_mac_multiplier, test_mac_convergence
-    foof.py      (1), (3)                         test_step, test_geometries, test_golden
-                 (2)                              test_foof_ridge, test_foof_identities
+    foof.py      (1), (3), (5)                    test_step, test_geometries, test_damping_guard
+                 (2)                              test_foof_ridge
                  (4), (6), all together           test_plain
-                 (5)                              test_damped_cholesky, test_packed
-    kfac.py      (6), (9), all together           test_plain
-                 (1), (3), (4)                    test_step, test_geometries, test_golden
+    kfac.py      (1), (3), (4), (7)               test_step, test_geometries
                  (2), (8)                         test_kfac_linear_network, test_multihead_attention
                  (3)                              test_kfac_pi
                  (5)                              test_kfac_clip, test_plain
-                 (7)                              test_kfac_scaling, test_step
-                 how many terms                   test_kfac_terms, ..._contradict, ..._said
+                 (6), (9), all together           test_plain
+                 (7): how many terms              test_kfac_terms, ..._contradict, ..._said
                  the sampled Fisher               test_kfac_sampled, test_kfac_fisher
-    nysact.py    (8), all together                test_plain
-                 (1), (2)                         test_step, test_geometries, test_multihead_...
-                 (3)                              test_plain, test_nysact_stationary_input
+    nysact.py    (1), (2), (6)                    test_step, test_geometries, test_multihead_...
+                 (3), (8), all together           test_plain
                  (4), (5)                         test_nysact_nystrom, test_nysact_rank
-                 (6)                              test_step, test_nysact_multiplier
                  (7)                              test_step, test_plain, test_nysact_sketches
                  what it is for, errata           test_nysact_condition_number, ..._released
-    adafisher.py (1), (5)                         test_step, test_geometries, test_golden
+    adafisher.py (1), (5)                         test_step, test_geometries
                  (2)                              test_adafisher_norm_layers, ..._norm_seen_by_use
-                 (3), (3r), (6)-(8)               test_plain, test_golden
+                 (3), (3r), (6)-(8)               test_plain
                  (4)                              test_adafisher_min_max
                  the released averages            test_adafisher_as_released_is_momentum_sgd
 """
@@ -348,37 +343,24 @@ def test_tied_with_an_embedding(method):
     assert (steps["1.weight"] - net[1].weight.grad).abs().max() > 1e-3
 
 
-GEOMETRIES = [    # C, out, (H, W), arguments of nn.Conv2d
-    (3, 4, (5, 6), dict(kernel_size=1)),
+GEOMETRIES = [    # C, out, (H, W), arguments of nn.Conv2d; more of them are drawn at random
     (3, 4, (5, 6), dict(kernel_size=1, stride=2)),
     (3, 4, (5, 6), dict(kernel_size=1, stride=(1, 2))),
     (3, 4, (5, 6), dict(kernel_size=1, stride=(2, 1), padding=1)),
-    (3, 4, (5, 6), dict(kernel_size=3)),
-    (3, 4, (5, 6), dict(kernel_size=3, padding=1)),
     (3, 4, (5, 6), dict(kernel_size=3, padding=1, stride=(1, 2))),
     (3, 4, (7, 6), dict(kernel_size=3, padding=1, dilation=2)),
     (3, 4, (5, 6), dict(kernel_size=3, padding="same", dilation=2)),
     (2, 3, (9, 8), dict(kernel_size=5, padding=2, dilation=(1, 2))),
     (2, 3, (7, 5), dict(kernel_size=5, padding=2, stride=2)),
-    (2, 3, (6, 7), dict(kernel_size=2)),
     (2, 3, (6, 7), dict(kernel_size=4, stride=3, padding=1)),
-    (2, 3, (8, 8), dict(kernel_size=4, stride=4)),
     (2, 3, (7, 7), dict(kernel_size=2, stride=3)),              # pixels that no tap meets
-    (3, 2, (6, 8), dict(kernel_size=(2, 3), stride=(2, 1), padding=(1, 0))),
     (3, 2, (6, 5), dict(kernel_size=(3, 1), stride=(1, 2), padding=(0, 3))),
     (3, 2, (4, 9), dict(kernel_size=(1, 5), padding=(0, 2))),
-    (2, 3, (5, 6), dict(kernel_size=(2, 4), padding="same")),
     (2, 3, (7, 6), dict(kernel_size=(4, 3), padding="same", dilation=(1, 2))),
-    (2, 3, (6, 6), dict(kernel_size=2, padding="same", dilation=3)),
     (2, 3, (5, 6), dict(kernel_size=(3, 4), padding="valid", stride=2)),
-    (2, 3, (9, 8), dict(kernel_size=3, dilation=2)),
-    (2, 3, (9, 8), dict(kernel_size=(3, 2), dilation=(2, 3), stride=2, padding=(2, 1))),
-    (2, 3, (6, 5), dict(kernel_size=3, padding=(2, 1), padding_mode="reflect")),
     (2, 3, (6, 5), dict(kernel_size=(4, 2), padding="same", padding_mode="reflect")),
-    (2, 3, (6, 5), dict(kernel_size=3, padding=2, stride=2, padding_mode="replicate")),
     (2, 3, (6, 5), dict(kernel_size=3, padding=(1, 2), dilation=2, padding_mode="circular")),
     (6, 3, (5, 4), dict(kernel_size=(2, 3), padding=1, groups=3, stride=2)),
-    (3, 6, (5, 6), dict(kernel_size=5, padding="same", groups=3, padding_mode="circular")),
     (4, 8, (6, 5), dict(kernel_size=2, groups=4, stride=(1, 2), dilation=(2, 1))),
 ]
 # Stride 1, odd kernels, padding k//2 of zeros: FOOF and K-FAC form no patches.
@@ -1205,78 +1187,6 @@ def test_mac_proposition_4_1():
     close((v @ mean).abs(), mean.norm(), 1e-9)     # an isotropic Σ leaves ā an eigenvector
 
 
-def preconditioned(make, X, G, E=None, **options):
-    """What the first step makes of G (out, d) in a Linear layer with the input rows X.
-
-    E are the rows' output gradients, times their number.
-    """
-    layer = nn.Linear(X.shape[1], len(G), bias=False).to(X.dtype)
-    nn.init.zeros_(layer.weight)
-    optimizer = make(layer, **options)
-    (layer(X) * (torch.ones(len(X), len(G)) if E is None else E)).sum().div(len(X)).backward()
-    layer.weight.grad = G.clone()
-    optimizer.step()
-    return -layer.weight.detach()
-
-
-def test_mac_multiplier():
-    """ρ(āāᵀ + ρI)⁻¹: ρ/(ρ + ‖ā‖²) along ā and 1 elsewhere; large ρ is SGD, small ρ projects."""
-    X, make = randn(5, 7) + 1, METHODS["mac"]
-    a = X.mean(0)
-    λ = torch.linalg.eigvalsh(preconditioned(make, X, torch.eye(7).double(), damping=0.5))
-    close(λ, [0.5 / (0.5 + (a @ a).item())] + [1.0] * 6, 1e-13)
-    G = randn(3, 7)
-    close(preconditioned(make, X, G, damping=1e16), G, 1e-14)
-    close(1 + preconditioned(make, X, G, damping=1e-14) @ a, torch.ones(3), 1e-12)
-
-
-def grams(net, X, slope, damping):
-    """J Jᵀ, J (C⁻¹ ⊗ I) Jᵀ with autograd's Jacobian J and C = x̄x̄ᵀ + ρI, XC⁻¹Xᵀ and S."""
-    W = net[0].weight
-    C = torch.outer(X.mean(0), X.mean(0)) + damping * torch.eye(X.shape[1], dtype=X.dtype)
-    J = torch.stack([torch.autograd.grad(net(x).sum(), W)[0] for x in X])           # (n, m, d)
-    slopes = slope(X @ W.detach().T)
-    G_mac = torch.einsum("imd,de,jme->ij", J, torch.linalg.inv(C), J)
-    return (J.flatten(1) @ J.flatten(1).T, G_mac, X @ torch.linalg.inv(C) @ X.T,
-            slopes @ slopes.T / len(W))
-
-
-@pytest.mark.parametrize("act, slope, tol", (
-    (nn.ReLU(), lambda z: (z > 0).double(), 2e-2), (nn.Tanh(), lambda z: 1 - z.tanh() ** 2, 1e-7)))
-def test_mac_convergence(act, slope, tol):
-    """G_MAC = (X C⁻¹ Xᵀ) ∘ S, its bounds, and that MAC contracts the residual by I − ηG_MAC.
-
-    The net is f(x) = Σ_r a_r φ(w_rᵀx)/√m, a_r = ±1, of which W is trained. With ReLU the steps are
-    linear up to neurons that switch, with tanh up to second order.
-    """
-    n, d, m, ρ = 20, 30, 512, 0.1
-    eigenvalues = torch.linalg.eigvalsh
-    X, y = F.normalize(randn(n, d).abs()), randn(n)
-    net = nn.Sequential(nn.Linear(d, m, bias=False), act, nn.Linear(m, 1, bias=False)).double()
-    net[0].weight.data.normal_()
-    net[2].weight.data = (torch.rand(1, m, dtype=X.dtype) - 0.5).sign() / m ** 0.5
-    net[2].weight.requires_grad_(False)
-    G, G_mac, K, S = grams(net, X, slope, ρ)
-    λ, plain = eigenvalues(G_mac), eigenvalues(G)
-    close(G_mac, K * S, 1e-12)
-    at_most(torch.zeros(n), eigenvalues(G_mac - G / (ρ + X.mean(0).square().sum())))
-    at_most(torch.zeros(n), eigenvalues(G / ρ - G_mac))
-    at_most(K.diagonal().min() * eigenvalues(S)[0], λ[0])               # Schur
-    assert λ[-1] / λ[0] < plain[-1] / plain[0] / 2
-
-    η = 1 / λ[-1].item()         # of the plain inverse; MAC applies ρ times it
-    optimizer = MAC(net, lr=η / ρ, momentum=0.0, damping=ρ, tcov=1, tinv=1, input_covariance=False)
-    for step in range(150):
-        optimizer.zero_grad()
-        r = net(X)[:, 0] - y
-        (r @ r / 2).backward()
-        before = grams(net, X, slope, ρ)[1] if step == 149 else None
-        optimizer.step()
-    r, after = r.detach(), (net(X)[:, 0] - y).detach()
-    close(after, r - η * before @ r, tol)
-    close(after.norm() / r.norm(), 1 - η * eigenvalues(before)[0], 1e-2)
-
-
 def numbers_of(optimizer):
     """How many numbers of statistics the state holds."""
     return sum(v.numel() for state in optimizer.state.values() for k, v in state.items()
@@ -1418,66 +1328,17 @@ def test_mac_refuses():
     assert torch.equal(net[0].weight, before)
 
 
-# ---- by hand, and FOOF ----
-
-FACTORED = [[0.483726437437, 0.065962266819, 0.226157692278],
-            [0.177471032429, -0.326671173036, -0.017275606969]]
-GOLDEN = {     # −(weight | bias) after a step, and state: two rows, by hand
-    "foof": (factory(FOOF, lr=1.0, damping=1.0), [[0.18, 0.22, 0.14], [0.08, -0.68, -0.16]], {}),
-    "kfac": (factory(KFAC, lr=1.0, damping=0.01, kl_clip=None), FACTORED, {}),
-    "kfac, clipped": (factory(KFAC, lr=0.1, damping=0.01),
-                      [[0.0239883399595 * x for x in row] for row in FACTORED], {}),
-    "kfac, eigen": (factory(KFAC, lr=1.0, damping=0.01, kl_clip=None, inverse="eigen"), [
-        [0.593960360961, 0.064606214701, 0.273013358898],
-        [0.216743429965, -0.354292145135, -0.008336285768]], {}),
-    "adafisher": (factory(AdaFisher, averaging="printed"), [
-        [1.25, 0.75, 0.75], [0.5e-3 / 1.001, -2.5e-3 / 0.376, -0.5]],
-        dict(H=[5, 2.5, 1], S=[0.625, 2.5])),
-    # H = 0.08 + 0.008 A, and so S, with A what is in the state (8)
-    "adafisher, released": (factory(AdaFisher), [
-        [1.25e-3 / 0.00803999984, 0.75e-3 / 0.00763999994, 0.75e-3 / 0.0074],
-        [0.5e-3 / 0.008743998322, -2.5e-3 / 0.008303998517, -0.5e-3 / 0.008039998635]],
-        dict(H=[0.99999975, 0.37499990625, 0], S=[0, 0.999997866625])),
-}
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden(name):
-    """A step of Linear(2, 2) from zero: A = [[5, −½, 2], [−½, 5/2, ½], [2, ½, 1]], N = 2."""
-    make, want, states = GOLDEN[name]
-    x = torch.tensor([[1.0, 2], [3, -1]], dtype=torch.float64)
-    g = torch.tensor([[0.5, -1], [0.25, 0.5]], dtype=torch.float64)
-    layer = nn.Linear(2, 2).double()
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    optimizer = make(layer, momentum=0.0)
-    (layer(x) * g).sum().backward()
-    close(whole(layer.weight.grad, layer.bias.grad), [[1.25, 0.75, 0.75], [0.5, -2.5, -0.5]], 1e-15)
-    optimizer.step()
-    close(-whole(layer.weight, layer.bias), want, 1e-8 if "released" in name else 1e-11)
-    for key, value in states.items():
-        close(optimizer.state[layer.weight][key][0], value, 1e-9)
-
-
-def test_foof_appendix_f():
-    """Two points, squared loss, no bias, solved by one undamped step."""
-    x, y = torch.tensor([[3.0, 1], [1, 0]], dtype=torch.float64), torch.tensor([[1.0], [-1]])
-    layer = nn.Linear(2, 1, bias=False).double()
-    nn.init.zeros_(layer.weight)
-    optimizer = FOOF(layer, lr=1.0, momentum=0.0, damping=1e-14)
-    (0.5 * (layer(x) - y).square()).mean().backward()
-    close(-2 * layer.weight.grad, [[2.0, 1]], 1e-15)
-    optimizer.step()
-    close(layer.weight, [[-1.0, 4]], 1e-10)
-
+# ---- FOOF ----
 
 @pytest.mark.parametrize("R, d, out, ρ", ((7, 3, 2, 0.5), (4, 9, 5, 1.0), (50, 10, 3, 1e-3),
                                           (3, 6, 4, 10.0)))
 def test_foof_ridge(R, d, out, ρ):
     """(2) = (3): the minimiser by least squares on augmented rows; zero gradient of (2)."""
-    X, E = randn(R, d) + 1, randn(R, out)              # rows a, and e = R ∂loss/∂s
-    G = E.T @ X / R
-    step = preconditioned(METHODS["foof"], X, G, damping=ρ)
+    X, E, layer = randn(R, d) + 1, randn(R, out), nn.Linear(d, out, bias=False).double()
+    optimizer, before = METHODS["foof"](layer, damping=ρ), layer.weight.detach().clone()
+    (layer(X) * E).sum().div(R).backward()             # rows a, and e = R ∂loss/∂s
+    optimizer.step()
+    step, G = before - layer.weight.detach(), E.T @ X / R
     rows = torch.cat([X / R ** 0.5, ρ ** 0.5 * torch.eye(d, dtype=X.dtype)])
     targets = torch.cat([E / R ** 0.5, X.new_zeros(d, out)])
     close(step, torch.linalg.lstsq(rows, targets).solution.T, 1e-11)
@@ -1486,65 +1347,10 @@ def test_foof_ridge(R, d, out, ρ):
     close(torch.autograd.grad(value, free)[0] + G, G, 1e-12)
 
 
-def test_foof_identities():
-    """R ≤ d, ρ → 0: outputs move by −e; invariance to linear maps; one row: MAC; ρ → ∞: SGD."""
-    make, X, E = METHODS["foof"], randn(4, 9), randn(4, 3)
-    close(X @ preconditioned(make, X, E.T @ X / 4, damping=1e-11).T, E, 1e-8)
-    M, W, X, E, moved = randn(5, 5), randn(3, 5), randn(20, 5), randn(20, 3), []
-    for T in torch.eye(5, dtype=X.dtype), M:
-        rows, weight = X @ T.T, W @ torch.linalg.inv(T)
-        step = preconditioned(make, rows, E.T @ rows / 20, damping=1e-13)
-        moved.append(rows @ (weight - step).T)
-    close(moved[1], moved[0], 1e-9)
-    x, G = randn(1, 6), randn(4, 6)
-    close(0.3 * preconditioned(make, x, G), preconditioned(METHODS["mac"], x, G), 1e-13)
-    close(1e9 * preconditioned(make, x, G, damping=1e9), G, 1e-8)
-
-
 # ---- covariance.py and patches.py ----
-
-def test_packed():
-    """Lower triangles by rows: a leading block is a leading part, a border one more row."""
-    A = randn(3, 2, 7, 7)
-    A = A @ A.mT
-    packed = covariance.pack(A)
-    close(covariance.unpack(packed), A.tril(), 0)
-    close(covariance.pack(A[..., :5, :5]), packed[..., :15], 0)
-    a = randn(4, 6)
-    rows = with_ones(a)
-    close(covariance.bordered(covariance.pack(a.T @ a)[None], a.sum(0)[None], 4),
-          covariance.pack(rows.T @ rows)[None], 1e-14)
-
-
-def test_damped_cholesky():
-    """L Lᵀ = A + ρI, stacked or alone, of the lower triangle only; each A told that has none."""
-    A, eye = randn(3, 2, 7, 7), torch.eye(7, dtype=torch.float64)
-    A = A @ A.mT
-    L, failed = covariance.damped_cholesky(A.tril(), torch.full((3, 2), 0.1, dtype=A.dtype))
-    close(L @ L.mT, A + 0.1 * eye, 1e-14)
-    assert not failed.any()
-    for i in range(3):
-        close(covariance.damped_cholesky(A[i].tril(), 0.1)[0], L[i], 1e-15)
-    G = randn(3, 2, 4, 7)
-    close(covariance.solve_right(G, L), G @ torch.linalg.inv(A + 0.1 * eye), 1e-12)
-    A[1, 1, 0, 0] = -1.0
-    assert covariance.damped_cholesky(A.tril(), 0.1)[1].tolist() == [[False] * 2, [False, True],
-                                                                     [False] * 2]
-
 
 def shape_of(conv):
     return Geometry.of(conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-@pytest.mark.parametrize("C, out, size, options", [*GEOMETRIES, *SHIFTS], ids=str)
-def test_sums_of_patches(C, out, size, options):
-    """Sums and grams of patches, formed or not, against loops; padding modes are copies before."""
-    conv, x = nn.Conv2d(C, out, **options | dict(padding_mode="zeros")).double(), randn(2, C, *size)
-    geometry, rows = shape_of(conv), conv_rows(x, conv).flatten(1, 2)               # (groups, R, d)
-    close(patches.patches(x, geometry), rows.mT, 0)
-    close(patches.patch_sum(patches.image_sum(x), geometry), rows.sum(1), 1e-12)
-    A = covariance.patch_gram(x, geometry)
-    close(A.tril(), (rows.mT @ rows).tril(), 1e-12)
 
 
 def test_shifts(monkeypatch):
@@ -1724,26 +1530,6 @@ def test_kfac_linear_network(sharing, terms, kind, exact):
 
 def factors(net, optimizer):
     return {k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k}
-
-
-@pytest.mark.parametrize("sharing", ("expand", "reduce"))
-def test_kfac_scaling(sharing):
-    """(7), (8): factors do not depend on batch size, micro-batches, the GradScaler's scale."""
-    (x, y), = make_data(1)
-    scaler = torch.amp.GradScaler(device_type(), init_scale=2.0 ** 60)
-
-    def measured(batches, **options):
-        net = make_net()
-        optimizer = KFAC(net, lr=0.0, tcov=1, weight_sharing=sharing, **options)
-        for part, labels in batches:
-            loss = loss_of(net, part, labels) / len(batches)
-            (scaler.scale(loss) if options else loss).backward()
-        scaler.step(optimizer) if options else optimizer.step()
-        return factors(net, optimizer)
-    want = measured([(x, y)])
-    close(measured([(x.repeat(3, 1, 1, 1), y.repeat(3))]), want, 1e-12)
-    close(measured([*zip(x.split(1), y.split(1))]), want, 1e-12)
-    close(measured([(x, y)], grad_scaler=scaler), want, 1e-14)
 
 
 def kfac_factors(monkeypatch, labels, drawn, fisher="sampled", parts=1, joined=False, **options):
@@ -2248,18 +2034,6 @@ def test_nysact_rank(kind):
     close(v.T @ approximated(A, S)[0] @ v, (7.2 ** 2 * c / (7.0 * c + 0.2)).view(1, 1), 1e-12)
 
 
-def test_nysact_multiplier():
-    """(6) at rank one is MAC's (3) over ρ; and Woodbury's form, without an SVD."""
-    x, G = randn(1, 9), randn(5, 9)
-    close(0.3 * preconditioned(METHODS["nysact"], x, G, rank=1),
-          preconditioned(METHODS["mac"], x, G), 1e-12)
-    X, layer, ρ = activations(99, 15), nn.Linear(15, 6, bias=False).double(), 0.3
-    S = sketch_of(METHODS["nysact"](layer), layer.weight)[0]
-    G, Y = randn(6, 15), second_moment(X) @ S
-    inner = torch.linalg.solve(ρ * S.mT @ Y + Y.mT @ Y, Y.mT)
-    close(preconditioned(METHODS["nysact"], X, G), (G - G @ Y @ inner) / ρ, 1e-9)
-
-
 def released(A, S, damping):
     """U and λ̂ as in the authors' released code: ĈL⁻¹, and a large shift, of SᵀĈ alone."""
     C = A @ S + damping * S
@@ -2304,20 +2078,6 @@ def test_nysact_condition_number(r, target, kind):
     assert ours.median() <= target * (1 if kind == "gaussian" else 1.05)
     assert theirs > 1.3 * ours.median()
     close(smallest.clamp(max=1.0), torch.ones(9), 1e-12)
-
-
-def test_nysact_stationary_input():
-    """(3) The average does not drift: the same batch for 40 steps leaves Y = A S."""
-    X, layer = activations(64, 30), nn.Linear(30, 4, bias=False).double()
-    optimizer = NysAct(layer, lr=0.1, tcov=1, tinv=1, rank=6)
-    S = sketch_of(optimizer, layer.weight)
-    for step in range(40):
-        optimizer.zero_grad()
-        layer(X).square().mean().backward()
-        optimizer.step()
-    state = optimizer.state[layer.weight]
-    close(state["sketched"], second_moment(X) @ S, 1e-13)
-    close(rebuilt(state["U"], state["eigenvalues"]), approximated(second_moment(X), S), 1e-11)
 
 
 @kinds

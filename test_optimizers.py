@@ -630,23 +630,6 @@ def test_every_parameter_moves(make, build, size):
         assert torch.equal(p, before[name]) == frozen and p.isfinite().all(), name
 
 
-@pytest.mark.parametrize("channels_last_model", (False, True))
-def test_memory_formats(make, channels_last_model):
-    """channels_last input, and model, in float32, where convolutions have kernels of their own."""
-    def run(channels_last, channels_last_model):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                            nn.Conv2d(8, 8, 3, groups=2, stride=2), nn.ReLU(),
-                            nn.Conv2d(8, 16, 3, padding=1), nn.Flatten(), nn.Linear(64, 5))
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        data = [(x.float().contiguous(memory_format=layout), y) for x, y in make_data(4)]
-        if channels_last_model:
-            net = net.to(memory_format=torch.channels_last)
-        usual(net, make(net, lr=1e-3), data)
-        return parameters(net)
-    close(run(True, channels_last_model), run(False, False), 1e-3)
-
-
 class Twins(nn.Module):
     """Layers of equal shapes, with and without bias, grouped, tied and frozen."""
 
@@ -869,6 +852,10 @@ def test_arguments_refused(make):
                    lambda: make.Optimizer(net, **{name: value}))
     params = [{"params": list(net.head.parameters()), "damping": -2}]
     raises(ValueError, ["damping", "-2"], lambda: make(net, params=params))
+    optimizer = make(net, params=[net.conv1.weight])
+    group = dict(params=list(net.head.parameters()), tcov=0)
+    raises(ValueError, ["tcov", "0"], lambda: optimizer.add_param_group(group))
+    assert len(optimizer.param_groups) == 1
     if issubclass(make.Optimizer, torch.optim.SGD):
         raises(ValueError, ["Nesterov"], lambda: make(net, momentum=0.0, nesterov=True))
     with pytest.warns(UserWarning, match="no Linear|no weight"):
@@ -898,14 +885,6 @@ def test_defaults(make):
     for name, p in inspect.signature(inspect.getmodule(make.Optimizer).plain).parameters.items():
         assert p.default is p.empty or name in ("first", "decoupled") or p.default == want[name]
         assert name not in ("first", "decoupled") or p.default is False
-
-
-def test_group_refused(make):
-    net = make_net()
-    optimizer = make(net, params=[net.conv1.weight])
-    group = dict(params=list(net.head.parameters()), tcov=0)
-    raises(ValueError, ["tcov", "0"], lambda: optimizer.add_param_group(group))
-    assert len(optimizer.param_groups) == 1
 
 
 # ---- several processes ----
