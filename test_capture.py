@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -295,10 +297,6 @@ def reference(make):
     return trained(make, net=small())
 
 
-def vmapped(net, x):
-    torch.vmap(lambda one: net(one[None])[0])(x)
-
-
 def with_jvp(net, x):
     with sdpa_kernel(SDPBackend.MATH):                 # the others cannot
         torch.func.jvp(net, (x,), (torch.ones_like(x),))
@@ -309,16 +307,19 @@ def forward_mode(net, x):
         net(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+def values_of(net, factor=1):
+    return {name: factor * p.detach() for name, p in net.named_parameters()}
+
+
 def per_sample_gradients(net, x):
     def loss(values, one):
         return torch.func.functional_call(net, values, (one[None],)).square().sum()
-    values = {name: p.detach() for name, p in net.named_parameters()}
-    torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(values_of(net), x)
 
 
 def other_parameters(net, x):
-    values = {name: 2 * p for name, p in net.named_parameters()}
-    torch.func.functional_call(net, values, (x,)).sum().backward(inputs=[*values.values()])
+    values = {name: p.requires_grad_() for name, p in values_of(net, 2).items()}
+    torch.func.functional_call(net, values, (x,)).sum().backward()
 
 
 def hessian_product(net, x):
@@ -327,23 +328,7 @@ def hessian_product(net, x):
     torch.autograd.grad(grad.sum(), p)
 
 
-def exported(strict):
-    def tool(net, x):
-        torch.export.export(net, (x,), strict=strict)
-    return tool
-
-
-def traced(net, x):
-    torch.jit.trace(net, x, check_trace=False)
-
-
-def symbolic(net, x):
-    from torch.fx.experimental.proxy_tensor import make_fx
-    make_fx(net)(x)
-
-
 def fake(net, x):
-    from torch._subclasses import FakeTensorMode
     with FakeTensorMode(allow_non_fake_inputs=True):
         net(torch.empty(x.shape, dtype=x.dtype)).sum()
 
@@ -361,21 +346,16 @@ def raising(net, x):
     handle.remove()
 
 
-def never_backward(net, x):
-    net(3 * x)
-
-
-def trained_copy(net, x):
-    other = copy.deepcopy(net)
-    other(x).sum().backward()
-
-
 TOOLS = dict(
-    vmap=vmapped, jvp=with_jvp, forward_mode=forward_mode, per_sample=per_sample_gradients,
-    functional_call=other_parameters, hessian=hessian_product, export=exported(False),
-    strict_export=exported(True), trace=traced, make_fx=symbolic, fake=fake,
-    inference=in_inference_mode, exception=raising, never_backward=never_backward,
-    copy=trained_copy)
+    vmap=lambda net, x: torch.vmap(lambda one: net(one[None])[0])(x), jvp=with_jvp,
+    forward_mode=forward_mode, per_sample=per_sample_gradients, functional_call=other_parameters,
+    hessian=hessian_product, fake=fake, exception=raising, make_fx=lambda net, x: make_fx(net)(x),
+    export=lambda net, x: torch.export.export(net, (x,), strict=False),
+    strict_export=lambda net, x: torch.export.export(net, (x,), strict=True),
+    trace=lambda net, x: torch.jit.trace(net, x, check_trace=False),
+    inference=in_inference_mode,
+    never_backward=lambda net, x: net(3 * x),
+    copy=lambda net, x: copy.deepcopy(net)(x).sum().backward())
 
 
 @pytest.mark.filterwarnings("ignore")                     # torch.jit is deprecated

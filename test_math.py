@@ -932,6 +932,8 @@ V_OF_THREE = dict(v=slice(0, 6))
 ATTENTIONS = {       # O, the layers, which of their rows are those of v; none: the plain mean
     "thirds": (on(thirds), QKV, V),
     "thirds, fused": (on(thirds, sdpa), QKV, V),
+    "softmax by keyword": (on(thirds, lambda q, k, v: torch.softmax(
+        input=scores(q, k), dim=-1) @ v), QKV, V),
     "scale": (on(thirds, functools.partial(sdpa, scale=0.1)), QKV, V),
     "heads first": (on(lambda y: y.unflatten(-1, (2, 3, 2)).permute(3, 0, 2, 1, 4)), dict(qkv=12),
                     dict(qkv=[4, 5, 10, 11])),

@@ -98,19 +98,3 @@ def test_values_of_other_rows_drop_nothing_more():
     layer.add("mean", torch.ones(1, 9), 10)
     assert not optimizer.set_values(layer, np.arange(16, 24))
     assert layer.pending["mean"][1] == [10, 10, 10]
-
-
-def test_softmax_by_keyword():
-    class Attends(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            T = torch.softmax(input=self.q(x) @ x.mT, dim=-1)
-            return T @ self.v(x)
-    net = Attends()
-    optimizer = MAC(net, input_covariance=False)
-    net(torch.randn(2, 3, 4)).square().sum().backward()
-    optimizer.step()
-    assert "mean attended input" in str(optimizer)
