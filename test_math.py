@@ -461,39 +461,32 @@ def test_plain(method, Optimizer, options):
     steps = recorded(net, optimizer, data, method == "mac")
     assert len(steps) == 9
     names = {p: name.removesuffix(".weight") for name, p in net.named_parameters()}
-    weights, together, want, got = [], [], [], []
-    options = dict(options)
-    rank = options.pop("rank", 0), options.pop("sketch", None)
+    plain = dict(mac=mac, foof=foof, nysact=nysact, kfac=kfac, adafisher=adafisher)[method].plain
+    options = {name: value for name, value in options.items() if name not in ("rank", "sketch")}
     if method == "adafisher":
         options["decoupled"] = Optimizer is AdaFisherW
+    got, weights, together, want = [], [], [], []
     for weight, blocks in steps.items():
         old, new = start.get_submodule(names[weight]), net.get_submodule(names[weight])
+        if method == "adafisher" and len(blocks) > 1:
+            continue                   # all groups share one min-max: test_geometries
         W = whole(old.weight, old.bias).detach()
         W = W.view(len(blocks), len(W) // len(blocks), -1)
-        got.append(whole(new.weight, new.bias).view_as(W))
-        if method == "nysact":
-            exact = torch.eye(W.shape[2], dtype=W.dtype).expand(len(W), -1, -1)
-            S = exact if W.shape[2] <= rank[0] else sketch_of(optimizer, weight)
-        if method == "adafisher" and len(blocks) > 1:
-            got.pop()                  # all groups share one min-max: test_geometries
-        elif method == "kfac":         # its clip joins all layers
-            weights += W
-            together += blocks
-        elif method == "nysact":
-            want += [nysact.plain(w, s, [lambda _, x=x: x[:2] for x in each], **options)
-                     for w, s, each in zip(W, S, blocks)]
-        elif method == "adafisher":
-            want += [adafisher.plain(w, [lambda _, x=x: (x[0], x[2]) for x in each], **options)
-                     for w, each in zip(W, blocks)]
-        else:
-            first = dict(first=True) if names[weight] == "conv1" and method == "mac" else {}
-            plain = mac.plain if method == "mac" else foof.plain
-            want += [plain(w, [lambda _, x=x: x[:2] for x in each], **options, **first)
-                     for w, each in zip(W, blocks)]
-    if method == "kfac":
-        want = kfac.plain(weights, [lambda _, n=len(x), at=at: (n, [(X, E) for X, _, E in at])
-                                    for (x, _), at in zip(data, zip(*together))], **options)
-    for a, b in zip([block for each in got for block in each], want, strict=True):
+        got += whole(new.weight, new.bias).view_as(W)
+        weights += W
+        together += blocks
+        S = torch.eye(W.shape[2], dtype=W.dtype).expand(len(W), -1, -1)
+        if method == "nysact" and "sketched" in optimizer.layers[weight].measured:
+            S = sketch_of(optimizer, weight)
+        first = dict(first=True) if (method, names[weight]) == ("mac", "conv1") else {}
+        for w, s, block in zip(W, S, blocks) if method != "kfac" else ():
+            given = [s] if method == "nysact" else []
+            made = [lambda _, x=(X, E if method == "adafisher" else G): x for X, G, E in block]
+            want.append(plain(w, *given, made, **options, **first))
+    if method == "kfac":               # its clip joins all layers
+        want = plain(weights, [lambda _, n=len(x), at=at: (n, [(X, E) for X, _, E in at])
+                               for (x, _), at in zip(data, zip(*together))], **options)
+    for a, b in zip(got, want, strict=True):
         close(a, b, 1e-9 if method == "nysact" else 1e-11)
 
 
