@@ -166,11 +166,12 @@ def measured(items, folder):
     return times, calls, failed
 
 
-def sample(items, most=6):
-    """At most so many parametrisations of each test, evenly spaced."""
-    tests = collections.defaultdict(list)
+def sample(items, most=2):
+    """Of each test, for each file that its parametrisations name, so many, evenly spaced."""
+    stems, tests = [name.removesuffix(".py") for name in TESTS], collections.defaultdict(list)
     for item in items:
-        tests[item.nodeid.split("[")[0]].append(item)
+        test, _, parameters = item.nodeid.partition("[")
+        tests[test, *(stem for stem in stems if stem in parameters)].append(item)
     return [each[i * len(each) // min(most, len(each))] for each in tests.values()
             for i in range(min(most, len(each)))]
 
