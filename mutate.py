@@ -43,7 +43,7 @@ TESTS = {"augment.py": "test_data.py test_augment.py"} | dict.fromkeys(
      "covariance.py", "patches.py", "blocks.py", "pooling.py", "precision.py", "optimizer.py",
      "capture.py"),
     "test_math.py test_optimizers.py test_capture.py test_protocol.py "
-    "-k 'not compile and not export and not ranks and not one_rank and not cuda'")     # which take long
+    "-k 'not compile and not export and not ranks and not one_rank and not cuda'")   # take long
 
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
              ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,

@@ -88,13 +88,16 @@ def test_eva_resumes():
 
 # ---- what readers of the shared modules found ----
 
-def test_values_of_other_rows_drop_nothing_more():
-    """After one layer made v by other rows than before, micro-batches still add up."""
+def test_values_of_other_rows():
+    """v's block begins anew where its attention is first seen; where other rows made v than before
+    all that is pending is dropped, once: later micro-batches add up."""
     net = nn.Linear(8, 24)
     optimizer = MAC(net, input_covariance=False, tcov=1)
     layer = optimizer.layers[net.weight]
+    layer.add("mean", torch.ones(1, 9), 5)
     assert optimizer.set_values(layer, np.arange(16, 24))
-    assert not optimizer.set_values(layer, np.arange(8, 16))
+    assert layer.pending["mean"][1] == [5, 5, 0]
+    assert not optimizer.set_values(layer, np.arange(8, 16)) and not layer.pending
     layer.add("mean", torch.ones(1, 9), 10)
     assert not optimizer.set_values(layer, np.arange(16, 24))
     assert layer.pending["mean"][1] == [10, 10, 10]
