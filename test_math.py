@@ -1199,6 +1199,8 @@ def test_mac_state_size():
                       "encoder.self_attn.in_proj_weight": 3}.get(name, 1)
             want += 2 * blocks * (p[0].numel() + (name != "conv2.weight"))
     assert numbers_of(optimizer) == want
+    for layer, values in ((net.block.attn.qkv, 4), (net.head, -1)):          # bits of v's blocks
+        assert optimizer.state[layer.weight]["values"] == values
     text = str(optimizer)
     for words in ("conv1: 4×28, input covariance", "block.attn.proj: 8×9, mean input,",
                   "block.attn.qkv: 24×9, mean input, v: mean attended input",
