@@ -353,6 +353,8 @@ GEOMETRIES = [    # C, out, (H, W), arguments of nn.Conv2d; more of them are dra
     (2, 3, (9, 8), dict(kernel_size=5, padding=2, dilation=(1, 2))),
     (2, 3, (7, 5), dict(kernel_size=5, padding=2, stride=2)),
     (2, 3, (6, 7), dict(kernel_size=4, stride=3, padding=1)),
+    (2, 3, (5, 6), dict(kernel_size=2, padding=1)),             # k//2 of an even kernel
+    (2, 3, (6, 5), dict(kernel_size=(4, 3), padding=(2, 1))),
     (2, 3, (7, 7), dict(kernel_size=2, stride=3)),              # pixels that no tap meets
     (3, 2, (6, 5), dict(kernel_size=(3, 1), stride=(1, 2), padding=(0, 3))),
     (3, 2, (4, 9), dict(kernel_size=(1, 5), padding=(0, 2))),
