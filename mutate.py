@@ -3,32 +3,47 @@
     python mutate.py foof.py                             # 20 edits, drawn with seed 0
     python mutate.py mac.py kfac.py --count 50 --seed 1  # 50 in each
 
+    python mutate.py foof.py --lines 94 95 --every       # a closer look at what survived
+
 An edit flips a sign or a comparison, drops a factor, a transpose or a statement, swaps operands,
 arguments or axes, changes a number or a flag. Each is made in a copy of the project in a temporary
-folder, where the tests that matter for the file (TESTS) run until one fails. A survivor is a hole
-in the tests, or an edit that changes nothing (an equivalent one): read it and decide.
+folder. pytest collects the tests once; for each edit a fork gives the function its edited body and
+runs tests until one fails: of those that call the function a few parametrisations, the quickest and
+what caught earlier edits first. (Edits of what is done on import take a new process.) A survivor is
+a hole in the tests, an edit that changes nothing (an equivalent one), or one that --every catches:
+read it and decide. Needs fork(), so Linux or macOS.
 """
 import argparse
 import ast
+import collections
+import contextlib
 import copy
+import gc
+import multiprocessing
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
-BOTH = "test_math.py test_optimizers.py"
-TESTS = {                    # pytest's arguments for a file; others: the test file of its name
-    "mac.py": f"{BOTH} -k mac", "foof.py": f"{BOTH} -k foof", "nysact.py": f"{BOTH} -k nysact",
-    "kfac.py": f"{BOTH} -k kfac", "calls.py": f"{BOTH} -k kfac",
-    "adafisher.py": f"{BOTH} -k adafisher",
-    "optimizer.py": BOTH, "capture.py": BOTH, "patches.py": BOTH, "covariance.py": BOTH,
-    "attention.py": f"{BOTH} -k mac", "augment.py": "test_data.py test_augment.py",
-}
-HANG = 3600                  # seconds after which a run counts as caught, on a busy machine too
+import pytest
+from _pytest.runner import runtestprotocol
+
+sys.dont_write_bytecode = True           # sources change within a tick of their clock
+os.environ["OMP_NUM_THREADS"] = "1"
+
+TESTS = {"augment.py": "test_data.py test_augment.py"} | dict.fromkeys(
+    # pytest's arguments for a file; others: the test file of its name
+    ("mac.py", "foof.py", "nysact.py", "kfac.py", "calls.py", "adafisher.py", "attention.py",
+     "covariance.py", "patches.py", "blocks.py", "pooling.py", "precision.py", "optimizer.py",
+     "capture.py"),
+    "test_math.py test_optimizers.py test_capture.py test_protocol.py "
+    "-k 'not compile and not export and not ranks and not one_rank and not cuda'")   # take long
 
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
              ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
@@ -102,16 +117,154 @@ def replaced(source, node, new):
     return (raw[:start] + text.encode() + raw[end:]).decode()
 
 
-def passes(folder, arguments):
-    """Do the tests pass there?"""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-               *shlex.split(arguments)]
-    environment = os.environ | dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-    try:
-        return subprocess.run(command, cwd=folder, env=environment, timeout=HANG,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+def in_child(work, hang=None):
+    """work()'s result in a fork of this process; None if it crashed or took so many seconds."""
+    receiver, sender = multiprocessing.Pipe(False)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()                                  # the tests' own children end with it
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            sender.send(work())
+        finally:
+            os._exit(0)
+    sender.close()
+    result = None
+    if receiver.poll(hang):
+        with contextlib.suppress(EOFError):
+            result = receiver.recv()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return result
+
+
+def passes(item):
+    return not any(report.failed for report in runtestprotocol(item, log=False, nextitem=None))
+
+
+def first_failure(items, prepare=lambda: None):
+    """The first of these tests that fails; "" if all pass."""
+    prepare()
+    return next((item.nodeid for item in items if not passes(item)), "")
+
+
+def measured(items, folder):
+    """({test: seconds}, {test: the project's functions that it calls}, the first failure)."""
+    times, calls, failed = {}, {}, ""
+    for item in items:
+        called, start = calls.setdefault(item.nodeid, set()), time.perf_counter()
+
+        def trace(frame, event, arg):
+            if frame.f_code.co_filename.startswith(folder):
+                called.add((os.path.basename(frame.f_code.co_filename), frame.f_code.co_name))
+        sys.settrace(trace)
+        failed = failed or ("" if passes(item) else item.nodeid)
+        sys.settrace(None)
+        times[item.nodeid] = time.perf_counter() - start
+    return times, calls, failed
+
+
+def sample(items, most=2):
+    """Of each test, for each file that its parametrisations name, so many, evenly spaced."""
+    stems, tests = [name.removesuffix(".py") for name in TESTS], collections.defaultdict(list)
+    for item in items:
+        test, _, parameters = item.nodeid.partition("[")
+        tests[test, *(stem for stem in stems if stem in parameters)].append(item)
+    return [each[i * len(each) // min(most, len(each))] for each in tests.values()
+            for i in range(min(most, len(each)))]
+
+
+def quickest(names, times, kills, most=3):
+    """What caught earlier edits, then of each test the quickest parametrisations."""
+    chosen, taken = [], collections.Counter()
+    for name in sorted(names, key=lambda name: (-kills[name], times[name])):
+        test = name.split("[")[0]
+        if kills[name] or taken[test] < most:
+            chosen.append(name)
+            taken[test] += 1
+    return chosen
+
+
+def function_of(tree, node):
+    """The outermost function whose body has the node, or None."""
+    inside = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
+              and f.body[0].lineno <= node.lineno <= f.end_lineno]
+    return min(inside, key=lambda f: f.lineno, default=None)
+
+
+def exchange(path, source, function):
+    """Give the function, wherever it is known already, the body that it has in this source."""
+    line = min([function.lineno, *(each.lineno for each in function.decorator_list)])
+
+    def search(code):
+        for each in code.co_consts:
+            if isinstance(each, types.CodeType):
+                yield from [each] if (each.co_name, each.co_firstlineno) == (
+                    function.name, line) else search(each)
+    new, = search(compile(source, path, "exec"))
+    for each in gc.get_objects():
+        if isinstance(each, types.FunctionType) and each.__code__.co_filename == path and (
+                each.__code__.co_name, each.__code__.co_firstlineno) == (function.name, line):
+            each.__code__ = new
+
+
+class Mutants:
+    """pytest's plugin: in place of the tests it runs those that matter, once for each edit."""
+
+    def __init__(self, names, args, folder):
+        self.names, self.args, self.folder = names, args, folder
+        self.kills = collections.Counter()
+
+    def pytest_runtestloop(self, session):
+        items = {item.nodeid: item for item in session.items}
+        self.times, self.calls, failed = in_child(
+            lambda: measured(sample(items.values()), self.folder))
+        if failed:
+            pytest.exit(f"{failed} fails without any edit.")
+        print(f"\n{len(self.calls)} of {len(items)} tests, {sum(self.times.values()):.0f} s",
+              flush=True)
+        caught = tried = 0
+        for name in self.names:
+            path = Path(self.folder) / name
+            source = path.read_text()
+            tree = ast.parse(source)
+            edits = list(candidates(tree))
+            print(f"{name}: {len(edits)} edits are possible", flush=True)
+            for node, new in random.Random(self.args.seed).sample(
+                    edits, min(self.args.count, len(edits))):
+                if self.args.lines and node.lineno not in self.args.lines:
+                    continue
+                killer = self.killer(items, path, replaced(source, node, new),
+                                     function_of(tree, node))
+                tried, caught = tried + 1, caught + bool(killer)
+                self.kills[killer] += 1
+                print(f"  {f'caught by {killer}' if killer else 'SURVIVED'}, line {node.lineno}: "
+                      f"{ast.unparse(node)}  ->  {ast.unparse(new)}", flush=True)
+            path.write_text(source)
+        print(f"{caught} of {tried} edits were caught: {caught / max(tried, 1):.1%}")
+        return True
+
+    def killer(self, items, path, edited, function):
+        """The test that fails with this edit, or ""."""
+        tests = [test for test in self.calls
+                 if function is None or (path.name, function.name) in self.calls[test]]
+        tests = [*items] if self.args.every else quickest(tests or self.calls, self.times,
+                                                          self.kills)
+        hang = None if self.args.every else 60 + 10 * sum(self.times[test] for test in tests)
+        if function is not None:
+            found = in_child(lambda: first_failure(
+                [items[test] for test in tests],
+                lambda: exchange(str(path), edited, function)), hang)
+            return "a crash, or the hang guard" if found is None else found
+        path.write_text(edited)                            # what is done once, on import
+        done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-x", "-q", "--tb=no", "-p",
+                               "no:cacheprovider", *tests], cwd=self.folder, capture_output=True,
+                              text=True)
+        failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(
+            ("FAILED", "ERROR"))]
+        return failed[0] if failed else "a crash" if done.returncode else ""
 
 
 def main():
@@ -119,29 +272,26 @@ def main():
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--count", type=int, default=20, help="edits in each file (default 20)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", type=int, nargs="+", help="only those edits that are here")
+    parser.add_argument("--every", action="store_true", help="every parametrisation, not a few")
     args = parser.parse_args()
-    here, caught, tried = Path(__file__).resolve().parent, 0, 0
+    here, groups = Path(__file__).resolve().parent, collections.defaultdict(list)
+    for name in args.files:
+        groups[TESTS.get(name, f"test_{name}")].append(name)
     with tempfile.TemporaryDirectory() as folder:
+        folder = os.path.realpath(folder)
         for path in here.glob("*.py"):
             (Path(folder) / path.name).write_text(path.read_text())
-        for name in args.files:
-            source, arguments = (here / name).read_text(), TESTS.get(name, f"test_{name}")
-            edits = list(candidates(ast.parse(source)))
-            start = time.perf_counter()
-            if not passes(folder, arguments):
-                sys.exit(f"{name}: pytest {arguments} fails without any edit.")
-            print(f"{name}: {len(edits)} edits are possible; pytest {arguments} takes "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
-            for node, new in random.Random(args.seed).sample(edits, min(args.count, len(edits))):
-                (Path(folder) / name).write_text(replaced(source, node, new))
-                tried += 1
-                if passes(folder, arguments):
-                    old, text = ast.unparse(node), ast.unparse(new)
-                    print(f"  survived, line {node.lineno}: {old}  ->  {text}", flush=True)
-                else:
-                    caught += 1
-            (Path(folder) / name).write_text(source)
-    print(f"{caught} of {tried} edits were caught: {caught / max(tried, 1):.1%}")
+        os.chdir(folder)
+        sys.path[0] = folder
+        for arguments, names in groups.items():
+            if os.fork() == 0:                             # each group imports its files anew
+                code = pytest.main(["-q", "--tb=native", "--assert=plain", "-s", "-p",
+                                    "no:cacheprovider", *shlex.split(arguments)],
+                                   plugins=[Mutants(names, args, folder)])
+                sys.stdout.flush()
+                os._exit(code)
+            os.wait()
 
 
 if __name__ == "__main__":

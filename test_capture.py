@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict,
-    set_state_dict)
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import models
 from adafisher import AdaFisherW
 from test_math import EXACT, METHODS, formula
-from testing import (OPTIMIZERS, close, factory, loss_of, make_data, on_ranks, only, parameters,
-                     randn, snapshot, trained, usual)
+from testing import (OPTIMIZERS, Uses, close, factory, loss_of, make_data, on_ranks, only,
+                     parameters, randn, trained, usual)
 
 SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
 SIX["adafisherw"] = factory(AdaFisherW, **EXACT, weight_decay=0.0)
@@ -38,58 +37,22 @@ def listed(optimizer):
 
 # ---- uses of a weight ----
 
-class Uses(nn.Module):
-    """`layer`, and a function of self and x that uses its weight; `beside`, an ordinary layer."""
-
-    def __init__(self, layer, use, beside=None):
-        super().__init__()
-        self.layer, self.use, self.beside = layer, use, beside
-
-    def forward(self, x):
-        ys = self.use(self, x)
-        ys = [ys] if torch.is_tensor(ys) else [*ys]
-        return ys if self.beside is None else ys + [self.beside(randn(4, 3))]
+def own(kind, forward, *arguments, **options):
+    """Builds a layer of a subclass with this forward(self, x)."""
+    return functools.partial(type("Own", (kind,), dict(forward=forward)), *arguments, **options)
 
 
-class Normed(nn.Linear):
-    def forward(self, x):
-        return super().forward(F.layer_norm(x, x.shape[-1:]))
+def affine(m, x):
+    return F.linear(x, m.weight, m.bias)
 
 
-class Padded(nn.Linear):
-    def forward(self, x):
-        return F.linear(F.pad(x, (1, 0)), self.weight, self.bias)
+def mirrored(m, x):
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), m.weight, m.bias, m.stride)
 
 
-class Dropped(nn.Linear):
-    def forward(self, x):
-        return super().forward(F.dropout(x, 0.5))
-
-
-class Squared(nn.Linear):
-    def forward(self, input):
-        return torch.addmm(self.bias, input * input, self.weight.t())
-
-
-class Mirrored(nn.Conv2d):
-    def forward(self, x):
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.weight, self.bias, self.stride)
-
-
-class Turned(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x.mT).mT
-
-
-class Tokens(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x).flatten(2).mT
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, x):
-        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return F.conv2d(x, w / w.flatten(1).std(1)[:, None, None, None], self.bias)
+def standardised(m, x):
+    w = m.weight - m.weight.mean((1, 2, 3), keepdim=True)
+    return F.conv2d(x, w / w.flatten(1).std(1)[:, None, None, None], m.bias)
 
 
 class Conv1D(nn.Module):
@@ -148,18 +111,22 @@ def at_last(m, x):
     return m.layer(x), torch.einsum("od,bd->bo", m.layer.weight, x)
 
 
+NORMED = own(nn.Linear, lambda m, x: affine(m, F.layer_norm(x, x.shape[-1:])), 4, 9)
 ROWS, TOKENS, IMAGES = (5, 4), (2, 3, 4), (2, 2, 3, 3)
 EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out) or (B, out, ...)
     "a module": (linear, called, ROWS),
     "tokens": (linear, called, TOKENS),
-    "normalises": (functools.partial(Normed, 4, 9), called, ROWS),
-    "normalises tokens": (functools.partial(Normed, 4, 9), called, TOKENS),
-    "pads": (functools.partial(Padded, 5, 9), called, ROWS),
-    "drops": (functools.partial(Dropped, 4, 9), called, ROWS),
-    "squares": (functools.partial(Squared, 4, 9), called, ROWS),
-    "pads its images": (functools.partial(Mirrored, 2, 8, 3, stride=2), called, IMAGES),
-    "turns its images": (functools.partial(Turned, 2, 8, (1, 3)), called, (2, 2, 3, 4)),
-    "returns tokens": (functools.partial(Tokens, 2, 9, 2), called, IMAGES),
+    "normalises": (NORMED, called, ROWS),
+    "normalises tokens": (NORMED, called, TOKENS),
+    "pads": (own(nn.Linear, lambda m, x: affine(m, F.pad(x, (1, 0))), 5, 9), called, ROWS),
+    "drops": (own(nn.Linear, lambda m, x: affine(m, F.dropout(x, 0.5)), 4, 9), called, ROWS),
+    "squares": (own(nn.Linear, lambda m, input: torch.addmm(
+        m.bias, input * input, m.weight.t()), 4, 9), called, ROWS),
+    "pads its images": (own(nn.Conv2d, mirrored, 2, 8, 3, stride=2), called, IMAGES),
+    "turns its images": (own(nn.Conv2d, lambda m, x: nn.Conv2d.forward(m, x.mT).mT, 2, 8, (1, 3)),
+                         called, (2, 2, 3, 4)),
+    "returns tokens": (own(nn.Conv2d, lambda m, x: nn.Conv2d.forward(m, x).flatten(2).mT, 2, 9, 2),
+                       called, IMAGES),
     "groups": (conv(groups=2), called, (2, 2, 2, 3)),
     "forward replaced": (replaced, called, ROWS),
     "pre-hook": (hooked, called, ROWS),
@@ -184,7 +151,7 @@ EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out
                                                              m.layer.bias)), ROWS),
     "checkpointed function": (linear, lambda m, x: checkpoint(
         lambda x: F.linear(x.tanh(), m.layer.weight, m.layer.bias), x, use_reentrant=False), ROWS),
-    "checkpointed module": (functools.partial(Normed, 4, 9), lambda m, x: checkpoint(
+    "checkpointed module": (NORMED, lambda m, x: checkpoint(
         m.layer, x.requires_grad_(), use_reentrant=True), ROWS),
 }
 LONE_USES = {       # the bias is none of the weight's inputs' coordinates: it takes the plain step
@@ -205,7 +172,7 @@ PLAIN_USES = {      # what the statistics do not describe, or nobody sees
     "scaled": (linear, lambda m, x: F.linear(x, 2 * m.layer.weight, m.layer.bias), ROWS),
     "cast": (linear, lambda m, x: F.linear(x.float(), m.layer.weight.float()).double(), ROWS),
     "masked": (plain_linear, lambda m, x: F.linear(x, m.layer.weight * (m.layer.weight > 0)), ROWS),
-    "standardised": (functools.partial(Standardised, 2, 8, 2), called, IMAGES),
+    "standardised": (own(nn.Conv2d, standardised, 2, 8, 2), called, IMAGES),
     "weight norm": (parametrized(nn.utils.parametrizations.weight_norm), called, ROWS),
     "spectral norm": (parametrized(nn.utils.parametrizations.spectral_norm), called, ROWS),
     "some of its rows": (linear, lambda m, x: F.linear(
@@ -244,6 +211,7 @@ def step_of(make, net, x, steps=1):
     for _ in range(steps):
         optimizer.zero_grad()
         before, ys = parameters(net), net(x)
+        ys = [ys] if torch.is_tensor(ys) else ys
         for y in ys:
             y.retain_grad()
         torch.manual_seed(1)
@@ -304,70 +272,6 @@ def test_use_that_takes_the_plain_step(use, method):
     assert listed(optimizer) == {"beside"}
 
 
-@pytest.mark.parametrize("flat", (None, False, True))
-def test_resumed_without_bias(make, flat):
-    """A run that resumes from torch's state, or torch.distributed.checkpoint's: bit for bit."""
-    torch.manual_seed(0)
-    net = Uses(linear(), LONE_USES["another bias"][1], beside=nn.Linear(3, 2)).double()
-    nets, data = (net, copy.deepcopy(net)), randn(6, 5, 4)
-    optimizers = [make(net, loss_terms=5) for net in nets]
-
-    def train(i, part):
-        torch.manual_seed(1)
-        for x in part:
-            optimizers[i].zero_grad()
-            sum(y.square().sum() for y in nets[i](x)).backward()
-            optimizers[i].step()
-    train(0, data[:3])
-    nets[1].load_state_dict(nets[0].state_dict())
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    if flat is None:
-        optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-    else:
-        set_optimizer_state_dict(nets[1], optimizers[1], copy.deepcopy(
-            get_optimizer_state_dict(nets[0], optimizers[0], options=options)), options=options)
-    for i in range(2):
-        train(i, data[3:])
-    assert "layer" in listed(optimizers[0])
-    close(snapshot(nets[1], optimizers[1]), snapshot(nets[0], optimizers[0]), 0)
-
-
-# ---- nn.MultiheadAttention ----
-
-class SelfAttention(nn.MultiheadAttention):
-    """Normalises its one input."""
-
-    def forward(self, x):
-        x = F.layer_norm(x, x.shape[-1:])
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
-@pytest.mark.parametrize("method", ("mac", "foof", "nysact, exact"))
-@pytest.mark.parametrize("dropout", (0.0, 0.5))
-def test_multihead_attention_parts(method, dropout):
-    """in_proj_weight by its three inputs, out_proj by the rows that it got, after dropout."""
-    net = SelfAttention(8, 2, dropout=dropout, batch_first=True).double()
-    nn.init.normal_(net.in_proj_bias)
-    optimizer, before, x = SIX[method](net), parameters(net), randn(2, 3, 8)
-    y = net(x)
-    torch.manual_seed(1)
-    g = randn(*y.shape)
-    (y * g).sum().backward()
-    optimizer.step()
-    assert listed(optimizer) == {"in_proj_weight", "out_proj"}
-    out = net.out_proj
-    G = matrix(out, out.weight.grad, out.bias.grad)
-    rows, g = torch.linalg.pinv(g.view(6, 8).mT) @ G, g.view(6, 8)
-    want = formula(method, G[None], [(rows[None, None], g[None, None])], dict(samples=2), 0.3)[0]
-    moved = {name: before[name] - p for name, p in net.named_parameters()}
-    close(matrix(out, moved["out_proj.weight"], moved["out_proj.bias"]), want, 1e-9)
-    a = F.pad(F.layer_norm(x, (8,)).view(1, 1, 6, 8), (0, 1), value=1.0)          # MAC: of q and k
-    G, change = (matrix(net, w, b).view(3, 8, 9)[:2 if method == "mac" else 3] for w, b in (
-        (net.in_proj_weight.grad, net.in_proj_bias.grad),
-        (moved["in_proj_weight"], moved["in_proj_bias"])))
-    close(change, formula(method, G, [(a, a)], {}, 0.3), 1e-9)
-
-
 # ---- what is no training pass ----
 
 class Small(nn.Module):
@@ -393,10 +297,6 @@ def reference(make):
     return trained(make, net=small())
 
 
-def vmapped(net, x):
-    torch.vmap(lambda one: net(one[None])[0])(x)
-
-
 def with_jvp(net, x):
     with sdpa_kernel(SDPBackend.MATH):                 # the others cannot
         torch.func.jvp(net, (x,), (torch.ones_like(x),))
@@ -407,16 +307,19 @@ def forward_mode(net, x):
         net(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+def values_of(net, factor=1):
+    return {name: factor * p.detach() for name, p in net.named_parameters()}
+
+
 def per_sample_gradients(net, x):
     def loss(values, one):
         return torch.func.functional_call(net, values, (one[None],)).square().sum()
-    values = {name: p.detach() for name, p in net.named_parameters()}
-    torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(values_of(net), x)
 
 
 def other_parameters(net, x):
-    values = {name: 2 * p for name, p in net.named_parameters()}
-    torch.func.functional_call(net, values, (x,)).sum().backward(inputs=[*values.values()])
+    values = {name: p.requires_grad_() for name, p in values_of(net, 2).items()}
+    torch.func.functional_call(net, values, (x,)).sum().backward()
 
 
 def hessian_product(net, x):
@@ -425,23 +328,7 @@ def hessian_product(net, x):
     torch.autograd.grad(grad.sum(), p)
 
 
-def exported(strict):
-    def tool(net, x):
-        torch.export.export(net, (x,), strict=strict)
-    return tool
-
-
-def traced(net, x):
-    torch.jit.trace(net, x, check_trace=False)
-
-
-def symbolic(net, x):
-    from torch.fx.experimental.proxy_tensor import make_fx
-    make_fx(net)(x)
-
-
 def fake(net, x):
-    from torch._subclasses import FakeTensorMode
     with FakeTensorMode(allow_non_fake_inputs=True):
         net(torch.empty(x.shape, dtype=x.dtype)).sum()
 
@@ -459,21 +346,16 @@ def raising(net, x):
     handle.remove()
 
 
-def never_backward(net, x):
-    net(3 * x)
-
-
-def trained_copy(net, x):
-    other = copy.deepcopy(net)
-    other(x).sum().backward()
-
-
 TOOLS = dict(
-    vmap=vmapped, jvp=with_jvp, forward_mode=forward_mode, per_sample=per_sample_gradients,
-    functional_call=other_parameters, hessian=hessian_product, export=exported(False),
-    strict_export=exported(True), trace=traced, make_fx=symbolic, fake=fake,
-    inference=in_inference_mode, exception=raising, never_backward=never_backward,
-    copy=trained_copy)
+    vmap=lambda net, x: torch.vmap(lambda one: net(one[None])[0])(x), jvp=with_jvp,
+    forward_mode=forward_mode, per_sample=per_sample_gradients, functional_call=other_parameters,
+    hessian=hessian_product, fake=fake, exception=raising, make_fx=lambda net, x: make_fx(net)(x),
+    export=lambda net, x: torch.export.export(net, (x,), strict=False),
+    strict_export=lambda net, x: torch.export.export(net, (x,), strict=True),
+    trace=lambda net, x: torch.jit.trace(net, x, check_trace=False),
+    inference=in_inference_mode,
+    never_backward=lambda net, x: net(3 * x),
+    copy=lambda net, x: copy.deepcopy(net)(x).sum().backward())
 
 
 @pytest.mark.filterwarnings("ignore")                     # torch.jit is deprecated
@@ -616,64 +498,31 @@ def test_parts_called(make):
     close(trained(make, loop, net=small()), reference(make), 1e-13)
 
 
-class Checkpointed(Small):
-    reentrant = False
-
-    def forward(self, x):
-        x = self.conv(x).flatten(2).mT
-        x = checkpoint(self.attn, x, use_reentrant=self.reentrant)
-        return self.head(checkpoint(self.rest, x, use_reentrant=False).mean(1))
-
-    def rest(self, x):
-        return F.linear(x.tanh(), self.mlp.weight, self.mlp.bias)
-
-
-@pytest.mark.parametrize("reentrant", (False, True))
-def test_checkpointing(make, reentrant):
-    net = small()
-    net.__class__, net.reentrant = Checkpointed, reentrant
-    close(trained(make, net=net), reference(make), 1e-13)
-
-
 # ---- torch.compile ----
-
-def compiled_model(model, optimizer, data):
-    usual(torch.compile(model, backend="eager"), optimizer, data)
-
-
-def compiled_in_place(model, optimizer, data):
-    model.compile(backend="eager")
-    usual(model, optimizer, data)
-
-
-def compiled_part(model, optimizer, data):
-    model.attn.compile(backend="eager")
-    usual(model, optimizer, data)
-
 
 def compiled_step(model, optimizer, data):
     @torch.compile(backend="eager")
-    def step(x, y):
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        optimizer.step()
-    for x, y in data:
-        step(x, y)
+    def step(batch):
+        usual(model, optimizer, [batch])
+    for batch in data:
+        step(batch)
 
 
-def compiled_on_an_idle_step(model, optimizer, data):
-    usual(model, optimizer, data[:1])
-    usual(torch.compile(model, backend="eager"), optimizer, data[1:])
+def compiled(in_place=False, part=None, eager_steps=0):
+    """The model, or a part of it, is compiled after so many steps."""
+    def loop(model, optimizer, data):
+        usual(model, optimizer, data[:eager_steps])
+        if in_place:
+            model.get_submodule(part or "").compile(backend="eager")
+            usual(model, optimizer, data[eager_steps:])
+        else:
+            usual(torch.compile(model, backend="eager"), optimizer, data[eager_steps:])
+    return loop
 
 
-def compiled_in_place_on_an_idle_step(model, optimizer, data):
-    usual(model, optimizer, data[:1])
-    model.compile(backend="eager")
-    usual(model, optimizer, data[1:])
-
-
-COMPILED = (compiled_model, compiled_in_place, compiled_part, compiled_step,
-            compiled_on_an_idle_step, compiled_in_place_on_an_idle_step)
+COMPILED = {"step": compiled_step, "part": compiled(in_place=True, part="attn")} | {
+    f"{in_place=}, {eager_steps=}": compiled(in_place, eager_steps=eager_steps)
+    for in_place in (False, True) for eager_steps in (0, 1)}
 
 
 @only("mac", "kfac", "adafisher")
@@ -682,33 +531,14 @@ def test_compiled(make, loop):
     """It trains as it does without; or raises, and says what to do. Never in silence."""
     torch._dynamo.reset()
     try:
-        got = trained(make, loop, net=small())
+        got = trained(make, COMPILED[loop], net=small())
     except RuntimeError as error:
         assert "optimizer.collecting" in str(error)
     else:
         close(got, reference(make), 1e-13)
 
 
-# ---- torch.distributed.checkpoint, several processes ----
-
-@pytest.mark.parametrize("flat", (False, True))
-def test_distributed_checkpoint(make, flat):
-    """What is known of uses comes along, into an optimizer that has taken no step."""
-    options, nets, data = StateDictOptions(flatten_optimizer_state_dict=flat), [], make_data(8)
-    for i in range(2):
-        net = small(i)
-        optimizer = make(net)
-        if i == 0:
-            usual(net, optimizer, data[:3])
-            saved = copy.deepcopy(get_state_dict(net, optimizer, options=options))
-        else:
-            set_state_dict(net, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1],
-                           options=options)
-        usual(net, optimizer, data[3:])
-        nets.append(snapshot(net, optimizer))
-    close(nets[1], nets[0], 0)
-
-
+# ---- several processes ----
 
 def one_rank_by_einsum(rank, world, name):
     """The only layer is used in a way that is not followed, on the last rank alone."""

@@ -6,32 +6,27 @@ formula with matrices formed from explicit rows, `test_plain` whole runs against
     equation                                      test
     mac.py       (1)-(3), (5)                     test_step, test_geometries, test_mac_first_layer
                  (4), (7), all together           test_plain
-                 (5) by calibrate()               test_mac_calibrate, ..._step, ..._on_ranks
+                 (5) by calibrate()               test_mac_calibrate, ..._calibrate_on_ranks
                  (6)                              test_mac_attention_*, test_mac_multihead_attention
                  Proposition 4.1                  test_mac_proposition_4_1
-                 multiplier, convergence          test_mac_multiplier, test_mac_convergence
-    foof.py      (1), (3)                         test_step, test_geometries, test_foof_golden
-                 (2)                              test_foof_ridge, test_foof_identities
+    foof.py      (1), (3), (5)                    test_step, test_geometries, test_damping_guard
+                 (2)                              test_foof_ridge
                  (4), (6), all together           test_plain
-                 (5)                              test_damped_cholesky, test_packed
-    kfac.py      all of it: plain                 test_kfac_plain
-                 (1), (3), (4)                    test_step, test_geometries, test_kfac_golden
-                 (2), (8)                         test_kfac_linear_network, test_kfac_attention
+    kfac.py      (1), (3), (4), (7)               test_step, test_geometries
+                 (2), (8)                         test_kfac_linear_network, test_multihead_attention
                  (3)                              test_kfac_pi
-                 (5)                              test_kfac_clip, test_kfac_golden
-                 (7)                              test_kfac_scaling, test_step
-                 how many terms                   test_kfac_terms, ..._contradict, ..._said
+                 (5)                              test_kfac_clip, test_plain
+                 (6), (9), all together           test_plain
+                 (7): how many terms              test_kfac_terms, ..._contradict, ..._said
                  the sampled Fisher               test_kfac_sampled, test_kfac_fisher
-    nysact.py    all of it: plain                 test_nysact_plain
-                 (1), (2)                         test_step, test_geometries, test_multihead_...
-                 (3)                              test_nysact_stationary_input
+    nysact.py    (1), (2), (6)                    test_step, test_geometries, test_multihead_...
+                 (3), (8), all together           test_plain
                  (4), (5)                         test_nysact_nystrom, test_nysact_rank
-                 (6)                              test_step, test_nysact_multiplier
-                 (7)                              test_step, test_nysact_exact_layers
+                 (7)                              test_step, test_plain, test_nysact_sketches
                  what it is for, errata           test_nysact_condition_number, ..._released
-    adafisher.py (1), (5)                         test_step, test_geometries, test_adafisher_golden
+    adafisher.py (1), (5)                         test_step, test_geometries
                  (2)                              test_adafisher_norm_layers, ..._norm_seen_by_use
-                 (3), (3r), (6)-(8)               test_adafisher_plain
+                 (3), (3r), (6)-(8)               test_plain
                  (4)                              test_adafisher_min_max
                  the released averages            test_adafisher_as_released_is_momentum_sgd
 """
@@ -67,8 +62,9 @@ from kfac import KFAC
 from mac import MAC
 from nysact import NysAct
 from patches import Geometry
-from testing import (at_most, close, factory, loss_of, make_data, make_net, modules_with,
-                     on_ranks, parameters, raises, randn, set_everywhere, snapshot, trained, usual)
+from testing import (at_most, close, copy_of_run, device_type, factory, loss_of, make_data,
+                     make_net, modules_with, on_ranks, only_cpu, parameters, raises, randn,
+                     set_everywhere, snapshot, trained, usual)
 
 EXACT = dict(lr=1.0, momentum=0.0, beta=0.0, tcov=1, tinv=1, damping=0.3, kl_clip=None,
              averaging="printed")          # the first step is −G̃, of this batch's statistics
@@ -86,25 +82,30 @@ METHODS = {
 }
 
 
+def whole(weight, bias=None):
+    """[W | b]."""
+    weight = weight.flatten(1)
+    return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+
+
+def with_ones(x, bias=True):
+    """[a; 1] for rows a, if the layer has a bias."""
+    return F.pad(x, (0, 1), value=1.0) if bias else x
+
+
 # ---- one step of every method against explicit rows ----
 
 def conv_rows(x, conv):
-    """The rows that each group of a convolution sees, by loops: (groups, B, S, C/groups·kh·kw)."""
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    """The rows that each group of a convolution sees, by torch's im2col of the padded images:
+    (groups, B, S, C/groups·kh·kw)."""
+    totals = [2 * p for p in ((0, 0) if isinstance(conv.padding, str) else conv.padding)]
     if conv.padding == "same":           # what is odd goes to the end
         totals = [dil * (k - 1) for dil, k in zip(conv.dilation, conv.kernel_size)]
-        before_after = [(total // 2, total - total // 2) for total in totals]
-    else:
-        before_after = [(p, p) for p in ((0, 0) if conv.padding == "valid" else conv.padding)]
-    mode = {"zeros": "constant", "reflect": "reflect", "replicate": "edge",
-            "circular": "wrap"}[conv.padding_mode]
-    image = np.pad(x.detach().numpy(), [(0, 0), (0, 0), *before_after], mode=mode)
-    height = (image.shape[2] - dh * (kh - 1) - 1) // sh + 1
-    width = (image.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    taps = [image[:, :, dh * p:dh * p + sh * height:sh, dw * q:dw * q + sw * width:sw]
-            for p in range(kh) for q in range(kw)]                          # each (B, C, oH, oW)
-    rows = torch.tensor(np.stack(taps, 2))                                  # (B, C, kh·kw, oH, oW)
-    return rows.unflatten(1, (conv.groups, -1)).flatten(2, 3).flatten(3).permute(1, 0, 3, 2)
+    (top, bottom), (left, right) = [(total // 2, total - total // 2) for total in totals]
+    mode = conv.padding_mode.replace("zeros", "constant")
+    x = F.pad(x.detach(), (left, right, top, bottom), mode)
+    rows = F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride)     # (B, C·kh·kw, S)
+    return rows.unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2)
 
 
 def input_rows(x, layer):
@@ -177,7 +178,7 @@ def formula(method, G, uses, terms, ρ, S=None):
     return inverse(P, ρ ** 0.5 / π) @ G @ inverse(A, π * ρ ** 0.5)
 
 
-def check_step(method, net, call, later=lambda: None, said=False):
+def check_step(method, net, call, said=False):
     """One step, loss Σ cᵢ call()ᵢ, c random: each parameter's change against formula() or −∇.
 
     said: K-FAC is told how many terms the loss has.
@@ -185,29 +186,26 @@ def check_step(method, net, call, later=lambda: None, said=False):
     uses, terms = watch(net)
     optimizer, before = METHODS[method](net), parameters(net)
     learns = {p for p in net.parameters() if p.requires_grad}
-    later()
+    ys = call()
     torch.manual_seed(1)
-    sum((y * randn(*y.shape)).sum() for y in call()).backward()
+    sum((y * randn(*y.shape)).sum() for y in ys).backward()
     if said and isinstance(optimizer, KFAC):
         optimizer.loss_terms = terms["samples"]
-    want = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            for name, p in net.named_parameters()}
     names = {p: name for name, p in net.named_parameters()}
-    modules = collections.defaultdict(list)
-    for layer in net.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            modules[layer.weight].append(layer)
-    every_bias = [layer.bias for layers in modules.values() for layer in {*layers}]
-    for i, (weight, layers) in enumerate(modules.items()):
+    want = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for p, name in names.items()}
+    layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for i, weight in enumerate(dict.fromkeys(layer.weight for layer in layers)):
         if weight not in learns or weight not in uses or weight.grad is None:
             continue
-        biases = {layer.bias for layer in layers}
+        biases = {layer.bias for layer in layers if layer.weight is weight}
         bias = biases.pop() if len(biases) == 1 else None
-        bias = bias if bias in learns and sum(bias is b for b in every_bias) == 1 else None
+        alone = len({layer.weight for layer in layers if layer.bias is bias}) == 1
+        bias = bias if bias in learns and alone else None
         rows, blocks = uses[weight], len(uses[weight][0][0])
         G = weight.grad.reshape(blocks, len(weight) // blocks, -1)
         if bias is not None:
-            rows = [(F.pad(a, (0, 1), value=1.0), g) for a, g in rows]
+            rows = [(with_ones(a), g) for a, g in rows]
             b = torch.zeros_like(bias) if bias.grad is None else bias.grad
             G = torch.cat([G, b.view(blocks, -1, 1)], 2)
         S = None
@@ -221,7 +219,6 @@ def check_step(method, net, call, later=lambda: None, said=False):
             want[names[bias]] = new[:, :, -1].reshape(bias.shape)
     optimizer.step()
     close({name: before[name] - p for name, p in net.named_parameters()}, want, 1e-10)
-    return optimizer
 
 
 def sketch_of(optimizer, weight):
@@ -251,10 +248,10 @@ class RenamedConv(nn.Conv2d):
         return super().forward(image * scale)
 
 
-class FrozenBias(nn.Linear):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.bias.requires_grad_(False)
+def freeze_biases(net):
+    for name, p in net.named_parameters():
+        p.requires_grad_("bias" not in name)
+    return net
 
 
 def shared_bias():
@@ -275,41 +272,49 @@ def channels_last(x):
     return x.to(memory_format=torch.channels_last)
 
 
+def linear():
+    return nn.Linear(4, 3)
+
+
+def conv3():
+    return nn.Conv2d(2, 3, 3, padding=1)
+
+
 STEPS = {     # what is called on which input(s)
-    "Linear": (lambda: nn.Linear(4, 3), (5, 4)),
+    "Linear": (linear, (5, 4)),
     "Linear, no bias": (lambda: nn.Linear(4, 3, bias=False), (5, 4)),
-    "Linear, one row": (lambda: nn.Linear(4, 3), (4,)),
-    "Linear, tokens": (lambda: nn.Linear(4, 3), (5, 6, 4)),
-    "Linear, image of tokens": (lambda: nn.Linear(4, 3), lambda net: [
-        net(randn(5, 4, 2, 3).permute(0, 2, 3, 1))]),
-    "Linear, expanded": (lambda: nn.Linear(4, 3), lambda net: [net(randn(1, 4).expand(5, 4))]),
-    "Linear, frozen bias": (lambda: FrozenBias(4, 3), (5, 4)),
-    "Linear, keyword": (lambda: nn.Linear(4, 3), lambda net: [net(input=randn(5, 4))]),
+    "Linear, one row": (linear, (4,)),
+    "Linear, tokens": (linear, (5, 6, 4)),
+    "Linear, image of tokens": (linear, lambda net: [net(randn(5, 4, 2, 3).permute(0, 2, 3, 1))]),
+    "Linear, expanded": (linear, lambda net: [net(randn(1, 4).expand(5, 4))]),
+    "Linear, frozen bias": (lambda: freeze_biases(linear()), (5, 4)),
+    "Linear, keyword": (linear, lambda net: [net(input=randn(5, 4))]),
     "Linear, subclass": (lambda: Renamed(4, 3), (5, 4)),
-    "two calls": (lambda: nn.Linear(4, 3), lambda net: [net(randn(5, 4)), net(randn(2, 4))]),
+    "two calls": (linear, lambda net: [net(randn(5, 4)), net(randn(2, 4))]),
     "two layers": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (5, 4)),
+    # a bias that got no gradient counts as 0 in G = [W | b] and stays
+    "biases frozen later": (lambda: nn.Sequential(linear(), nn.Tanh(), nn.Linear(3, 2)),
+                            lambda net: [freeze_biases(net)(randn(5, 4))]),
     "weight norm beside a layer": (lambda: nn.Sequential(
-        nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))), (5, 4)),
+        nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(linear())), (5, 4)),
     "tied": (lambda: Tied(False, False), (5, 4)),
     "tied, two biases": (lambda: Tied(True, True), (5, 4)),
     "tied, one bias": (lambda: Tied(True, False), (5, 4)),
     "one bias of two weights": (shared_bias, (5, 4)),
-    "Conv2d": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 2, 5, 4)),
-    "Conv2d, one image": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 5, 4)),
+    "Conv2d": (conv3, (2, 2, 5, 4)),
+    "Conv2d, one image": (conv3, (2, 5, 4)),
     "Conv2d, channels_last": (lambda: channels_last(nn.Conv2d(2, 3, 3, 2)), lambda net: [
         net(channels_last(randn(2, 2, 5, 5)))]),
-    "Conv2d, strided": (lambda: nn.Conv2d(3, 4, 3, padding=1), lambda net: [
-        net(randn(2, 3, 6, 10)[..., ::2])]),
+    "Conv2d, strided": (conv3, lambda net: [net(randn(2, 2, 6, 10)[..., ::2])]),
     "Conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding="same"), (2, 4, 3, 4)),
     "Conv2d, keyword of a subclass": (lambda: RenamedConv(3, 2, 3), lambda net: [
         net(image=randn(2, 3, 4, 4))]),
-    "Conv2d, two geometries": (lambda: nn.Conv2d(2, 3, 3, padding=1), two_dilations),
+    "Conv2d, two geometries": (conv3, two_dilations),
     "Conv2d and Linear": (lambda: nn.Sequential(
         nn.Conv2d(3, 4, 3, groups=1), nn.Tanh(), nn.Conv2d(4, 4, 2, groups=2, bias=False),
         nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)), (5, 3, 5, 5)),
+    "fused qkv": (lambda: models.Attention(6, 2), (3, 4, 6)),
 }
-
-
 AMBIGUOUS = ("Linear, one row", "two calls", "tied", "tied, two biases", "tied, one bias",
              "Conv2d, one image", "Conv2d, two geometries")      # as to how many terms the loss has
 
@@ -317,21 +322,12 @@ AMBIGUOUS = ("Linear, one row", "two calls", "tied", "tied, two biases", "tied, 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", STEPS)
 def test_step(method, name):
+    if name == "fused qkv" and "mac" in method:
+        pytest.skip("the values' mean is another one: test_mac_attention_kinds")
     build, call = STEPS[name]
     net = build().double()
     check_step(method, net, lambda: [net(randn(*call))] if isinstance(call, tuple) else call(net),
                said=name in AMBIGUOUS)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bias_frozen_later(method):
-    """A bias that got no gradient counts as 0 in G = [W | b] and stays."""
-    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-
-    def freeze():
-        for layer in (net[0], net[2]):
-            layer.bias.requires_grad_(False)
-    check_step(method, net, lambda: [net(randn(5, 4))], later=freeze)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -347,40 +343,26 @@ def test_tied_with_an_embedding(method):
     assert (steps["1.weight"] - net[1].weight.grad).abs().max() > 1e-3
 
 
-GEOMETRIES = [    # C, out, (H, W), arguments of nn.Conv2d
-    (3, 4, (5, 6), dict(kernel_size=1)),
+GEOMETRIES = [    # C, out, (H, W), arguments of nn.Conv2d; more of them are drawn at random
     (3, 4, (5, 6), dict(kernel_size=1, stride=2)),
     (3, 4, (5, 6), dict(kernel_size=1, stride=(1, 2))),
     (3, 4, (5, 6), dict(kernel_size=1, stride=(2, 1), padding=1)),
-    (3, 4, (5, 6), dict(kernel_size=3)),
-    (3, 4, (5, 6), dict(kernel_size=3, padding=1)),
     (3, 4, (5, 6), dict(kernel_size=3, padding=1, stride=(1, 2))),
     (3, 4, (7, 6), dict(kernel_size=3, padding=1, dilation=2)),
     (3, 4, (5, 6), dict(kernel_size=3, padding="same", dilation=2)),
     (2, 3, (9, 8), dict(kernel_size=5, padding=2, dilation=(1, 2))),
     (2, 3, (7, 5), dict(kernel_size=5, padding=2, stride=2)),
-    (2, 3, (6, 7), dict(kernel_size=2)),
     (2, 3, (6, 7), dict(kernel_size=4, stride=3, padding=1)),
-    (2, 3, (8, 8), dict(kernel_size=4, stride=4)),
+    (2, 3, (5, 6), dict(kernel_size=2, padding=1)),             # k//2 of an even kernel
+    (2, 3, (6, 5), dict(kernel_size=(4, 3), padding=(2, 1))),
     (2, 3, (7, 7), dict(kernel_size=2, stride=3)),              # pixels that no tap meets
-    (3, 2, (6, 8), dict(kernel_size=(2, 3), stride=(2, 1), padding=(1, 0))),
     (3, 2, (6, 5), dict(kernel_size=(3, 1), stride=(1, 2), padding=(0, 3))),
     (3, 2, (4, 9), dict(kernel_size=(1, 5), padding=(0, 2))),
-    (2, 3, (5, 6), dict(kernel_size=3, padding="same")),
-    (2, 3, (5, 6), dict(kernel_size=(2, 4), padding="same")),
     (2, 3, (7, 6), dict(kernel_size=(4, 3), padding="same", dilation=(1, 2))),
-    (2, 3, (6, 6), dict(kernel_size=2, padding="same", dilation=3)),
     (2, 3, (5, 6), dict(kernel_size=(3, 4), padding="valid", stride=2)),
-    (2, 3, (9, 8), dict(kernel_size=3, dilation=2)),
-    (2, 3, (9, 8), dict(kernel_size=(3, 2), dilation=(2, 3), stride=2, padding=(2, 1))),
-    (2, 3, (6, 5), dict(kernel_size=3, padding=(2, 1), padding_mode="reflect")),
     (2, 3, (6, 5), dict(kernel_size=(4, 2), padding="same", padding_mode="reflect")),
-    (2, 3, (6, 5), dict(kernel_size=3, padding=2, stride=2, padding_mode="replicate")),
     (2, 3, (6, 5), dict(kernel_size=3, padding=(1, 2), dilation=2, padding_mode="circular")),
-    (4, 6, (5, 6), dict(kernel_size=3, padding=1, groups=2)),
     (6, 3, (5, 4), dict(kernel_size=(2, 3), padding=1, groups=3, stride=2)),
-    (4, 4, (5, 6), dict(kernel_size=3, padding=1, groups=4)),                   # depthwise
-    (3, 6, (5, 6), dict(kernel_size=5, padding="same", groups=3, padding_mode="circular")),
     (4, 8, (6, 5), dict(kernel_size=2, groups=4, stride=(1, 2), dilation=(2, 1))),
 ]
 # Stride 1, odd kernels, padding k//2 of zeros: FOOF and K-FAC form no patches.
@@ -425,21 +407,14 @@ def test_geometries(method, chunked, monkeypatch):
 
 # ---- whole runs against each file's plain() ----
 
-def attended_rows(y, x, heads):
-    """The rows T X of every head, from qkv's output y (B, N, 3D) and its input x (B, N, D)."""
-    q, k, _ = y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    T = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-    return (T @ x[:, None]).reshape(-1, x.shape[-1])
+def recorded(net, optimizer, data, attended):
+    """The usual loop. {weight: [(rows X, gradient G, output gradients) of each step] per block}.
 
-
-def recorded(net, optimizer, data):
-    """The usual loop. {weight: [rows (blocks, R, d) and gradient (blocks, out/blocks, d) per step]}
-
-    The last block of the fused qkv are the rows of v, if the optimizer tells these apart.
+    attended: the optimizer tells the rows of v in the fused qkv apart, whose inputs are T X.
     """
-    (uses, _), steps, seen = watch(net), collections.defaultdict(list), []
-    net.block.attn.qkv.register_forward_hook(
-        lambda _, args, y: seen.append(attended_rows(y.detach(), args[0].detach(), 2)))
+    (uses, _), steps, qkv = watch(net), collections.defaultdict(list), net.block.attn.qkv
+    outputs = []
+    qkv.register_forward_hook(lambda _, args, y: outputs.append(y.detach()))
     for x, y in data:
         uses.clear()
         optimizer.zero_grad()
@@ -447,47 +422,74 @@ def recorded(net, optimizer, data):
         for layer in net.modules():
             if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight not in uses:
                 continue
-            rows = uses[layer.weight][0][0].flatten(1, 2)
-            if layer is net.block.attn.qkv and isinstance(optimizer, MAC):
-                rows = [rows[0], rows[0], seen[-1]]
-            G = layer.weight.grad.reshape(len(rows), len(layer.weight) // len(rows), -1)
-            if layer.bias is not None:
-                G = torch.cat([G, layer.bias.grad.view(len(rows), -1, 1)], 2)
-                rows = [F.pad(X, (0, 1), value=1.0) for X in rows]
-            steps[layer.weight].append((rows, G.clone()))
+            a, g = uses[layer.weight][0]
+            rows, grads = a.flatten(1, 2), g.flatten(1, 2)
+            if layer is qkv and attended:
+                q, k, _ = outputs[-1].unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+                TX = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ a[0][:, None]
+                rows, grads = [rows[0], rows[0], TX.reshape(-1, a.shape[-1])], [None] * 3
+            G = whole(layer.weight.grad, None if layer.bias is None else layer.bias.grad)
+            G = G.clone().view(len(rows), len(G) // len(rows), -1)
+            steps[layer.weight].append([(with_ones(X, layer.bias is not None), each, E)
+                                        for X, each, E in zip(rows, G, grads)])
         optimizer.step()
-    return steps
+    return {weight: [*zip(*each)] for weight, each in steps.items()}
 
 
-@pytest.mark.parametrize("options", (
-    dict(tcov=2, tinv=3), dict(tcov=1, tinv=1, stat_decay=0.0), dict(tcov=5, tinv=50),
-    dict(tcov=3, tinv=2), dict(tcov=4, tinv=2, momentum=0.0), dict(damping=0.1, stat_decay=0.5),
-    dict(tcov=2, tinv=4, damping=3.0, weight_decay=0.0)), ids=str)
-@pytest.mark.parametrize("module, Optimizer", ((mac, MAC), (foof, FOOF)))
-def test_plain(module, Optimizer, options):
-    """Sixteen steps of convolutions, in groups too, attention and linear layers."""
-    options = dict(lr=0.05, weight_decay=1e-2) | options
+SHORT = dict(lr=0.05, weight_decay=1e-2, tcov=2, tinv=3)
+PERIODS = (dict(), dict(tcov=1, tinv=1, stat_decay=0.0), dict(tcov=5, tinv=50),
+           dict(tcov=3, tinv=2), dict(tcov=4, tinv=2, momentum=0.0),
+           dict(damping=0.1, stat_decay=0.5), dict(tcov=2, tinv=4, damping=3.0, weight_decay=0.0))
+PLAIN = [(method, Optimizer, SHORT | options | own) for method, Optimizer, own in (
+    ("mac", MAC, {}), ("foof", FOOF, {}), ("kfac", KFAC, dict(kl_clip=1e-5)),
+    ("kfac", KFAC, dict(kl_clip=1e-5, inverse="eigen"))) for options in PERIODS] + [
+    ("kfac", KFAC, SHORT | dict(tcov=3, tinv=2, kl_clip=1.0))] + [
+    ("nysact", NysAct, SHORT | dict(rank=rank, sketch=sketch, damping=0.5, stat_decay=0.9))
+    for rank in (4, 1000) for sketch in ("gaussian", "subcolumns")] + [
+    ("adafisher", Optimizer, dict(tcov=tcov, lr=0.02, damping=0.1, gamma=0.7, beta=0.8,
+                                  weight_decay=0.1, averaging=averaging))
+    for Optimizer in (AdaFisher, AdaFisherW) for averaging in ("printed", "released")
+    for tcov in (1, 3)]
+
+
+@pytest.mark.parametrize("method, Optimizer, options", PLAIN,
+                         ids=[f"{method}-{i}" for i, (method, *_) in enumerate(PLAIN)])
+def test_plain(method, Optimizer, options):
+    """Sixteen steps of convolutions, in groups too, attention and linear layers, on batches of
+    three sizes: every weight is where plain() brings it by the same rows and gradients."""
     net, start = make_net(), make_net()
-    steps = recorded(net, Optimizer(net, **options), make_data(16))
+    optimizer = Optimizer(net, **options)
+    data = [(x[:4 + i % 3], y[:4 + i % 3]) for i, (x, y) in enumerate(make_data(16))]
+    steps = recorded(net, optimizer, data, method == "mac")
     assert len(steps) == 9
-    for name, layer in net.named_modules():
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight not in steps:
-            continue
-        first = dict(first=True) if name == "conv1" and module is mac else {}
-        old, blocks = start.get_submodule(name), len(steps[layer.weight][0][0])
-        W = whole(old.weight, old.bias).detach().view(blocks, len(old.weight) // blocks, -1)
-        want = [module.plain(W[i], [lambda _, X=X[i], G=G[i]: (X, G)
-                                    for X, G in steps[layer.weight]], **options, **first)
-                for i in range(blocks)]
-        close(whole(layer.weight, layer.bias), torch.cat(want), 1e-12)
-
-
-def conv_bn_linear(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
-        nn.Flatten(), nn.Linear(72, 7), nn.ReLU(), nn.Linear(7, 5, bias=False)).double()
+    names = {p: name.removesuffix(".weight") for name, p in net.named_parameters()}
+    plain = dict(mac=mac, foof=foof, nysact=nysact, kfac=kfac, adafisher=adafisher)[method].plain
+    options = {name: value for name, value in options.items() if name not in ("rank", "sketch")}
+    if method == "adafisher":
+        options["decoupled"] = Optimizer is AdaFisherW
+    got, weights, together, want = [], [], [], []
+    for weight, blocks in steps.items():
+        old, new = start.get_submodule(names[weight]), net.get_submodule(names[weight])
+        if method == "adafisher" and len(blocks) > 1:
+            continue                   # all groups share one min-max: test_geometries
+        W = whole(old.weight, old.bias).detach()
+        W = W.view(len(blocks), len(W) // len(blocks), -1)
+        got += whole(new.weight, new.bias).view_as(W)
+        weights += W
+        together += blocks
+        S = torch.eye(W.shape[2], dtype=W.dtype).expand(len(W), -1, -1)
+        if method == "nysact" and "sketched" in optimizer.layers[weight].measured:
+            S = sketch_of(optimizer, weight)
+        first = dict(first=True) if (method, names[weight]) == ("mac", "conv1") else {}
+        for w, s, block in zip(W, S, blocks) if method != "kfac" else ():
+            given = [s] if method == "nysact" else []
+            made = [lambda _, x=(X, E if method == "adafisher" else G): x for X, G, E in block]
+            want.append(plain(w, *given, made, **options, **first))
+    if method == "kfac":               # its clip joins all layers
+        want = plain(weights, [lambda _, n=len(x), at=at: (n, [(X, E) for X, _, E in at])
+                               for (x, _), at in zip(data, zip(*together))], **options)
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 1e-9 if method == "nysact" else 1e-11)
 
 
 # ---- precision ----
@@ -507,6 +509,9 @@ def low_precision():
     torch.set_float32_matmul_precision("highest")
 
 
+STATISTICS = ("mean", "covariance", "output_covariance", "sketched", "H", "S")
+
+
 @pytest.mark.parametrize("mode", ("float32", "autocast", "bfloat16 weights"))
 @pytest.mark.parametrize("method", METHODS)
 def test_precision(method, mode, low_precision):
@@ -518,14 +523,13 @@ def test_precision(method, mode, low_precision):
         states = []
         for net, inputs in ((layer, x.to(layer.weight.dtype)), (exact, x.double())):
             optimizer = METHODS[method](net, lr=0.0)
-            with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            with torch.autocast(device_type(), torch.bfloat16, enabled=mode == "autocast"):
                 y = net(inputs)
             torch.manual_seed(0)
             (y * torch.randint(-3, 4, y.shape)).sum().backward()       # exact in bfloat16
             optimizer.step()
             states.append({key: value for key, value in optimizer.state[net.weight].items()
-                           if key in ("mean", "covariance", "output_covariance", "sketched",
-                                      "H", "S")})
+                           if key in STATISTICS})
         assert states[0] and all(v.dtype == torch.float32 for v in states[0].values())
         close(*states, 3e-6)
 
@@ -548,78 +552,86 @@ def test_full_precision(low_precision):
         assert torch.get_float32_matmul_precision() == "medium"
 
 
-# ---- attention ----
+# ---- nn.MultiheadAttention, and what MAC makes of attention ----
 
-@pytest.mark.parametrize("method", [method for method in METHODS if "mac" not in method])
-def test_fused_qkv_is_one_linear(method):
-    net = models.Attention(6, 2).double()
-    check_step(method, net, lambda: [net(randn(3, 4, 6))])
+class KFACOfProjections(KFAC):
+    kinds = KFAC.kinds | dict(projection="Kronecker factors")
 
 
-def attention_inputs(fused):
-    """nn.MultiheadAttention's weights of q, k, v, and which rows of in_proj_bias go along."""
-    if fused:
-        return {"in_proj_weight": slice(0, 18)}
-    return {f"{c}_proj_weight": slice(6 * i, 6 * i + 6) for i, c in enumerate("qkv")}
+def projections(module):
+    """(weight's name, its rows, their part of in_proj_bias) of q, k and v in turn."""
+    E = module.embed_dim
+    thirds = [slice(i * E, i * E + E) for i in range(3)]
+    if module.in_proj_weight is not None:
+        return [("in_proj_weight", rows, rows) for rows in thirds]
+    return [(f"{c}_proj_weight", slice(None), rows) for c, rows in zip("qkv", thirds)]
 
 
-@pytest.mark.parametrize("Optimizer, options", ((FOOF, {}), (NysAct, dict(rank=3))))
-@pytest.mark.parametrize("kind", ({}, dict(bias=False), dict(kdim=4, vdim=5),
-                                  dict(batch_first=True)), ids=str)
+def given_rows(module, values, name, rows, bias_rows):
+    """[W | b] of these rows of a weight, from values or gradients by name."""
+    bias = values.get("in_proj_bias") if name != "out_proj.weight" else values.get("out_proj.bias")
+    return whole(values[name][rows], None if bias is None else bias[bias_rows]).detach()
+
+
+def gradients(module):
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ("foof", "nysact", "kfac", "kfac, reduce"))
+@pytest.mark.parametrize("options", ({}, dict(bias=False), dict(kdim=4, vdim=5),
+                                     dict(batch_first=True), dict(dropout=0.5)), ids=str)
 @pytest.mark.parametrize("own", (False, True))
-def test_multihead_attention(Optimizer, options, kind, own):
-    """q, k and v rows of nn.MultiheadAttention by the covariance of their own input."""
-    module = nn.MultiheadAttention(6, 2, **kind).double()
-    q, k, v = (randn(3, 3, d) for d in (6, kind.get("kdim", 6), kind.get("vdim", 6)))
-    given = (q, q, q) if own and "kdim" not in kind else (q, k, v)
-    optimizer, before = factory(Optimizer, **EXACT, **options)(module), parameters(module)
-    module(*given, need_weights=False)[0].square().sum().backward()
+def test_multihead_attention(method, options, own):
+    """q, k and v rows by their own inputs, out_proj by the rows that it really got.
+
+    G = Σ g aᵀ gives g where the rows a are known and independent, and a where the g are.
+    """
+    if own and "kdim" in options:
+        pytest.skip("one input has one width")
+    kdim, vdim = options.get("kdim", 6), options.get("vdim", 6)
+    given = [randn(2, n, d) for n, d in ((3, 6), (2, kdim), (2, vdim))]            # (B, S, d)
+    given = given[:1] * 3 if own else given
+    Optimizer = dict(foof=FOOF, nysact=NysAct).get(method, KFACOfProjections)
+    module = nn.MultiheadAttention(6, 2, **options).double()
+    optimizer = factory(Optimizer, **EXACT, rank=3, loss_terms=2, weight_sharing=(
+        "reduce" if "reduce" in method else "expand"))(module)
+    before, c = parameters(module), randn(2, 3, 6)
+
+    def turn(x):
+        return x if "batch_first" in options else x.transpose(0, 1)
+    (turn(module(*map(turn, given), need_weights=own)[0]) * c).sum().backward()
     optimizer.step()
-    grads, inputs = {name: p.grad for name, p in module.named_parameters()}, iter(given)
-    bias = module.in_proj_bias is not None
-    for name, rows in attention_inputs("kdim" not in kind).items():
-        weight = module.get_parameter(name)
-        blocks = len(weight) // 6
-        G = grads[name].view(blocks, 6, -1)
-        change = (before[name] - weight).view(blocks, 6, -1)
-        a = torch.stack([next(inputs).reshape(1, 9, -1) for _ in range(blocks)])[:, 0]
-        if bias:
-            G, change = (torch.cat([x, y[rows].view(blocks, 6, 1)], 2) for x, y in (
-                (G, grads["in_proj_bias"]),
-                (change, before["in_proj_bias"] - module.in_proj_bias)))
-            a = F.pad(a, (0, 1), value=1.0)
-        S = sketch_of(optimizer, weight) if options else None
-        close(change, formula("nysact", G, [(a[:, None], a[:, None])], {}, 0.3, S), 1e-10)
-
-
-def mean_of_gradient(weight, bias, blocks, rows, bias_rows=slice(None)):
-    """The mean input of each block, [a; 1]: for loss = Σ output, G = 1 Σaᵀ and rows of G agree."""
-    G = weight.grad.reshape(blocks, -1, weight[0].numel()).mean(1)
-    if bias is not None:
-        G = torch.cat([G, bias.grad[bias_rows].view(blocks, -1).mean(1, keepdim=True)], 1)
-    return G / rows
+    moved = {name: before[name] - p for name, p in module.named_parameters()}
+    sides = [*projections(module), ("out_proj.weight", slice(None), slice(None))]
+    for side, x in zip(sides, (*given, None)):
+        G = given_rows(module, gradients(module), *side)
+        if x is None:
+            g, a = c, (torch.linalg.pinv(c.flatten(0, 1).mT) @ G).view(2, 3, -1)
+        else:
+            a = with_ones(x, module.in_proj_bias is not None)
+            g = (G @ torch.linalg.pinv(a.flatten(0, 1))).mT.view(2, -1, 6)
+        S = None
+        if method == "nysact":
+            S = sketch_of(optimizer, module.get_parameter(side[0]))
+            S = S[side[1].start // 6:][:1] if len(S) > 1 else S
+        want = formula(method, G[None], [(a[None], g[None])], dict(samples=2), 0.3, S)
+        close(given_rows(module, moved, *side), want[0], 1e-9)
 
 
 def mac_step(module, loss, **options):
     """MAC after its first step, and by how much the parameters changed."""
     optimizer, before = METHODS["mac"](module, **options), parameters(module)
     optimizer.zero_grad()
-    loss.backward() if torch.is_tensor(loss) else loss().backward()
+    loss().backward()
     optimizer.step()
     return optimizer, {name: before[name] - p.detach() for name, p in module.named_parameters()}
 
 
-def check_means(module, changes, want):
-    """(3) block by block; want: {weight's name: (bias's name, its rows, means (blocks, d))}."""
-    for name, (bias, rows, means) in want.items():
-        weight, blocks = module.get_parameter(name), len(means)
-        G, change = (x.view(blocks, len(weight) // blocks, -1)
-                     for x in (weight.grad, changes[name]))
-        if bias is not None:
-            b, c = (x[rows].view(blocks, -1, 1) for x in (module.get_parameter(bias).grad,
-                                                          changes[bias]))
-            G, change = torch.cat([G, b], 2), torch.cat([change, c], 2)
-        close(change, 0.3 * G @ inverse(means[:, :, None] * means[:, None], 0.3), 1e-11)
+def check_rows(G, change, a):
+    """(3) row by row: each row of [W | b] (out, d) by the mean a of its own (out, d) or (d,)."""
+    a = a.expand_as(G)
+    inner = (G * a).sum(1, keepdim=True) / (0.3 + a.square().sum(1, keepdim=True))
+    close(change, G - inner * a, 1e-10)
 
 
 def spread(*modules):
@@ -630,139 +642,13 @@ def spread(*modules):
 
 
 def set_identity(projection):
-    """So that the loss Σ output has ∂loss/∂O = 1, and the rows of G_V are Σ (TX)ᵀ1."""
+    """So that the loss Σ output has ∂loss/∂O = 1, and the rows of G_V add up to Σ (TX)ᵀ1."""
     with torch.no_grad():
         projection.weight.copy_(torch.eye(len(projection.weight)))
 
 
-class FusedAttention(nn.Module):
-    """Self-attention as timm has it: fused qkv, norms of q and k, masks as arguments."""
-
-    def __init__(self, D, heads, norm=False, bias=True, is_causal=False, scale=None):
-        super().__init__()
-        self.num_heads, self.is_causal, self.scale = heads, is_causal, scale
-        self.qkv, self.proj = nn.Linear(D, 3 * D, bias=bias), nn.Linear(D, D)
-        self.q_norm = nn.LayerNorm(D // heads) if norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(D // heads) if norm else nn.Identity()
-
-    def forward(self, x, attn_mask=None, is_causal=None):
-        tokens = x.flatten(1, -2)
-        q, k, v = self.qkv(x).view(*tokens.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        causal = self.is_causal if is_causal is None else is_causal
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask,
-                                             is_causal=causal, scale=self.scale)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
-
-
-class WindowAttention(nn.Module):
-    """Attention in Swin's windows: a bias learned by relative position, shifted windows' masks."""
-
-    def __init__(self, D, window, heads):
-        super().__init__()
-        self.num_heads, self.scale = heads, (D // heads) ** -0.5
-        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads))
-        y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-        y, x = y.flatten(), x.flatten()
-        dy, dx = y[:, None] - y + window - 1, x[:, None] - x + window - 1
-        self.register_buffer("relative_position_index", dy * (2 * window - 1) + dx)
-
-    def forward(self, x, mask=None):
-        n, N, D = x.shape                                       # images · windows, tokens, D
-        q, k, v = self.qkv(x).view(n, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        scores = q * self.scale @ k.mT
-        scores = scores + self.relative_position_bias_table[self.relative_position_index] \
-            .permute(2, 0, 1)
-        if mask is not None:                                    # (windows, N, N)
-            scores = scores.view(-1, len(mask), self.num_heads, N, N) + mask[:, None]
-            scores = scores.view(n, self.num_heads, N, N)
-        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, N, D))
-
-
-def check_fused(module, x, *args, **kwargs):
-    """A fused qkv module's three means: of tokens, of tokens, of TX by autograd's G_V."""
-    spread(module.double().qkv)
-    set_identity(module.proj)
-    _, changes = mac_step(module, lambda: module(x, *args, **kwargs).sum())
-    rows, bias = x.numel() / x.shape[-1], module.qkv.bias
-    mean = F.pad(x.reshape(-1, x.shape[-1]).mean(0), (0, bias is not None), value=1.0)
-    value = mean_of_gradient(module.qkv.weight, bias, 3, rows)[2]
-    out = mean_of_gradient(module.proj.weight, module.proj.bias, 1, rows)
-    check_means(module, changes, {
-        "qkv.weight": (bias if bias is None else "qkv.bias", slice(None),
-                       torch.stack([mean, mean, value])),
-        "proj.weight": ("proj.bias", slice(None), out)})
-
-
-@pytest.mark.parametrize("chunked", (False, True))
-def test_mac_attention_fused(chunked, monkeypatch):
-    """(6) for the modules that timm and this project have, against autograd."""
-    if chunked:
-        set_everywhere(monkeypatch, "CHUNK", 1)           # one sample at a time
-    B, N, D = 3, 4, 6
-    x, mask = randn(B, N, D), torch.rand(B, 1, N, N) < 0.6
-    mask |= torch.eye(N, dtype=torch.bool)
-    nothing = mask.clone()
-    nothing[1, 0, 2] = False                                # a query that may attend to nothing
-    check_fused(models.Attention(D, 2), x)
-    check_fused(models.GPT(7, N, layers=1, heads=2, width=D).blocks[0].attn, x)
-    check_fused(FusedAttention(D, 3, bias=False), x)
-    check_fused(FusedAttention(D, 2, scale=0.1), x)
-    check_fused(FusedAttention(D, 2, norm=True), x)
-    check_fused(FusedAttention(D, 2, is_causal=True), x)
-    check_fused(FusedAttention(D, 2), x, is_causal=True)
-    check_fused(FusedAttention(D, 2, is_causal=True), x, None, False)
-    check_fused(FusedAttention(D, 2), x, mask)
-    check_fused(FusedAttention(D, 2), x, attn_mask=mask[0, 0])
-    check_fused(FusedAttention(D, 2), x, nothing)
-    check_fused(FusedAttention(D, 2), x, randn(2, N, N))
-    check_fused(FusedAttention(D, 2), x, mask[:, :, :1])    # of keys: tokens that are padding
-    check_fused(FusedAttention(D, 2), x[:, :1])             # a single token, a single image of one
-    check_fused(FusedAttention(D, 2), x[:1, :1])
-    check_fused(FusedAttention(D, 2), randn(B, 2, 3, D))    # an image of tokens
-    x = randn(2 * 3, 4, D)                                  # two images of three windows of 2×2
-    check_fused(WindowAttention(D, 2, 2), x)
-    check_fused(WindowAttention(D, 2, 2), x, randn(3, 4, 4))
-    shifted = torch.where(torch.rand(3, 4, 4) < 0.5, 0.0, -100.0).double()
-    check_fused(WindowAttention(D, 2, 2), x, mask=shifted)
-
-
-def test_mac_attention_gradient():
-    """Why (6): G_V = Σ(∂O)ᵀ(TX), and its bias's gradient Σ ∂O, as T1 = 1."""
-    B, N, D, h, d = 2, 5, 6, 2, 3
-    X, W, b = randn(B, N, D), randn(2, h * d, D), randn(2, h * d)
-    W_V, b_V = randn(h * d, D).requires_grad_(), randn(h * d).requires_grad_()
-    q, k, v = (F.linear(X, w, c).view(B, N, h, d).transpose(1, 2)
-               for w, c in ((W[0], b[0]), (W[1], b[1]), (W_V, b_V)))
-    T = (q @ k.mT / d ** 0.5).softmax(-1)
-    O = F.scaled_dot_product_attention(q, k, v)
-    dO = randn(*O.shape)
-    G_V, g_V = torch.autograd.grad((O * dO).sum(), (W_V, b_V))
-    close(G_V, torch.einsum("bhni,bhnd->hid", dO, T @ X[:, None]).flatten(0, 1), 1e-13)
-    close(g_V, dO.sum((0, 2)).flatten(), 1e-13)
-
-
-def test_mac_attention_swin():
-    """(6) in every block of a Swin, as in its attention alone; bias tables take the plain step."""
-    net, calls = models.SwinTransformer(48, 8, (2, 2, 2), (2, 2, 4), 5).double(), {}
-    spread(*(m for m in net.modules() if isinstance(m, models.Attention)))
-    for name, module in net.named_modules():
-        if isinstance(module, models.Attention):
-            module.register_forward_pre_hook(lambda module, args, name=name: calls.update(
-                {name: (copy.deepcopy(module), args[0].detach(), args[1])}))
-    _, changes = mac_step(net, lambda: F.cross_entropy(
-        net(randn(2, 3, 48, 48)), torch.tensor([0, 3])))
-    plain = {name: p.grad for name, p in net.named_parameters() if not isinstance(
-        net.get_submodule(name.rpartition(".")[0]), (nn.Linear, nn.Conv2d))}
-    assert any("bias_table" in name for name in plain) and len(calls) == 6
-    close({name: changes[name] for name in plain}, plain, 1e-10)
-    for name, (alone, x, mask) in calls.items():
-        set_identity(alone.proj)
-        alone(x, mask).sum().backward()
-        value = mean_of_gradient(alone.qkv.weight, alone.qkv.bias, 3, x[..., 0].numel())[2]
-        tokens = F.pad(x.mean((0, 1)), (0, 1), value=1.0)
-        check_means(net, changes, {f"{name}.qkv.weight": (
-            f"{name}.qkv.bias", slice(None), torch.stack([tokens, tokens, value]))})
+def mean_row(x, bias):
+    return with_ones(x.detach().reshape(-1, x.shape[-1]).mean(0), bias)
 
 
 def check_multihead(options, inputs, **call):
@@ -770,28 +656,17 @@ def check_multihead(options, inputs, **call):
     module = nn.MultiheadAttention(6, 2, **options).double()
     spread(module)
     set_identity(module.out_proj)
-    _, changes = mac_step(module, lambda: module(*inputs, **call)[0].sum())
-    query, key = ((*inputs, *call.values())[i] for i in (0, 1))
-    rows, bias = query.numel() / 6, module.in_proj_bias
-    means = [F.pad(y.reshape(-1, y.shape[-1]).mean(0), (0, bias is not None), value=1.0)[None]
-             for y in (query, key)]
-    weights = attention_inputs(module.in_proj_weight is not None)
-    last = [*weights][-1]
-    added = options.get("add_bias_kv") or options.get("add_zero_attn")
-    value = mean_of_gradient(module.get_parameter(last), bias, 4 - len(weights) if
-                             len(weights) == 1 else 1, rows, weights[last])
-    if added:           # the keys are not v's rows alone: v has the plain mean
-        given = (*inputs, *call.values())[2]
-        value[-1] = F.pad(given.reshape(-1, given.shape[-1]).mean(0), (0, bias is not None),
-                          value=1.0)
-    want = {last: torch.cat([*means, value[2:]])} if len(weights) == 1 else \
-        dict(zip(weights, (*means, value)))
-    want = {name: (None if bias is None else "in_proj_bias", weights[name], mean)
-            for name, mean in want.items()}
-    out = module.out_proj
-    want["out_proj.weight"] = (None if out.bias is None else "out_proj.bias", slice(None),
-                               mean_of_gradient(out.weight, out.bias, 1, rows))
-    check_means(module, changes, want)
+    _, moved = mac_step(module, lambda: module(*inputs, **call)[0].sum())
+    given, bias = (*inputs, *call.values())[:3], module.in_proj_bias is not None
+    count, grads = given[0].numel() / 6, gradients(module)
+    for i, side in enumerate(projections(module)):
+        G, a = given_rows(module, grads, *side), mean_row(given[i], bias)
+        if i == 2 and not (options.get("add_bias_kv") or options.get("add_zero_attn")):
+            a = G.mean(0) / count       # (keys that are added are not v's rows: the plain mean)
+        check_rows(G, given_rows(module, moved, *side), a)
+    out = "out_proj.weight", slice(None), slice(None)
+    G = given_rows(module, grads, *out)
+    check_rows(G, given_rows(module, moved, *out), G.mean(0) / count)
 
 
 def test_mac_multihead_attention(monkeypatch):
@@ -829,59 +704,69 @@ def test_mac_multihead_attention(monkeypatch):
     check_multihead(first | added, cross, attn_mask=per_head, key_padding_mask=padding)
     causal = torch.ones(L, L, dtype=torch.bool).triu(1)
     check_multihead(first, own, attn_mask=causal, is_causal=True, need_weights=False)
-    nothing = mask.clone()
-    nothing[1] = True                                       # a query that may attend to nothing
-    check_multihead(first, cross, attn_mask=nothing, need_weights=False)
-    set_everywhere(monkeypatch, "CHUNK", 1)           # one sample at a time
+    mask[1] = True                                          # a query that may attend to nothing
+    check_multihead(first, cross, attn_mask=mask, need_weights=False)
+    set_everywhere(monkeypatch, "CHUNK", 1)                 # one sample at a time
     check_multihead(first | added, cross, attn_mask=per_head)
 
 
-@pytest.mark.parametrize("norm_first", (False, True))
-@pytest.mark.parametrize("dropout", (0.0, 0.5))
-def test_mac_encoder_layer(norm_first, dropout):
-    """torch's encoder in training mode: inputs after the norms, T before dropout."""
-    x, causal = randn(3, 4, 6), torch.ones(4, 4, dtype=torch.bool).triu(1)
-    padding = torch.arange(4) >= torch.tensor([[4], [2], [3]])
-    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout, batch_first=True,
-                                       norm_first=norm_first).double()
-    alone = copy.deepcopy(layer.self_attn)
-    inputs = layer.norm1(x).detach() if norm_first else x
-    optimizer, _ = mac_step(layer, lambda: layer(
-        x, src_mask=causal, src_key_padding_mask=padding).sum())
-    set_identity(alone.out_proj)
-    alone.dropout = 0.0
-    alone(inputs, inputs, inputs, attn_mask=causal, key_padding_mask=padding)[0].sum().backward()
-    want = mean_of_gradient(alone.in_proj_weight, alone.in_proj_bias, 3, 12)
-    want[:2] = F.pad(inputs.mean((0, 1)), (0, 1), value=1.0)
-    close(optimizer.state[layer.self_attn.in_proj_weight]["mean"][[0, 1, 3]], want, 1e-12)
+def encoder(**options):
+    """torch's encoder with a causal mask and padding."""
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, **options)
+
+    def call(layer):
+        padding = torch.arange(4) >= torch.tensor([[4], [2], [3]])
+        return layer(randn(3, 4, 6), torch.ones(4, 4, dtype=torch.bool).triu(1), padding)
+    return layer, call
 
 
-def test_mac_decoder_layer():
-    """Cross-attention: means of its own query and key."""
-    layer, inputs = nn.TransformerDecoderLayer(6, 2, 8, 0.0, batch_first=True).double(), []
-    layer.multihead_attn.register_forward_pre_hook(lambda _, args: inputs.extend(args))
-    optimizer, _ = mac_step(layer, lambda: layer(randn(3, 4, 6), randn(3, 5, 6)).sum())
-    want = [F.pad(y.detach().mean((0, 1)), (0, 1), value=1.0) for y in inputs[:2]]
-    got = optimizer.state[layer.multihead_attn.in_proj_weight]["mean"]
-    close(got[:2], torch.stack(want), 1e-12)
+NETWORKS = {
+    "swin": lambda: (models.SwinTransformer(48, 8, (2, 2, 2), (2, 2, 4), 5),
+                     lambda net: net(randn(2, 3, 48, 48))),
+    "vit": lambda: (models.VisionTransformer(6, 2, 12, 1, 2, 3, 3),
+                    lambda net: net(randn(2, 3, 6, 6))),
+    "gpt": lambda: (models.GPT(7, 5, layers=2, heads=2, width=8, bias=False),
+                    lambda net: net(torch.arange(10).view(2, 5) % 7)),
+    "decoder": lambda: (nn.TransformerDecoderLayer(6, 2, 8, 0.0, batch_first=True),
+                        lambda net: net(randn(3, 4, 6), randn(3, 5, 6))),
+} | {f"encoder, {options}": functools.partial(encoder, **options) for options in (
+    dict(), dict(dropout=0.0), dict(norm_first=True))}
 
 
-@pytest.mark.parametrize("mode", ("float32", "autocast", "bfloat16 weights"))
-def test_mac_attention_precision(mode):
-    """(6) in float32 of the q and k that were used, norms included."""
-    net, seen = FusedAttention(8, 2, norm=True), []
-    spread(net.qkv)
-    net = net.to(torch.bfloat16 if "weights" in mode else torch.float32)
-    for norm in (net.q_norm, net.k_norm):
-        norm.register_forward_hook(lambda _, args, y: seen.append(y.detach().double()))
-    x = (torch.randn(4, 9, 8) + 1).bfloat16().to(net.proj.weight.dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-        optimizer, _ = mac_step(net, lambda: net(x).float().sum())
-    mean, X = optimizer.state[net.qkv.weight]["mean"], x.double()
-    TX = (seen[0] @ seen[1].mT / 2).softmax(-1) @ X[:, None]
-    want = torch.stack([X.mean((0, 1)), TX.mean((0, 1, 2))])
-    assert mean.dtype == torch.float32
-    close(mean, F.pad(want, (0, 1), value=1.0), 3e-6)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_mac_attention_in_networks(network):
+    """(6) in every attention of a network, in training mode, as in that attention alone: inputs
+    after the norms, T before dropout. Parameters that belong to no layer take the plain step."""
+    (net, call), seen = NETWORKS[network](), {}
+    net.double()
+    kinds = models.Attention, nn.MultiheadAttention
+
+    def keep(name, module, args, kwargs):
+        args = [x if x is None else x.detach() for x in args]
+        seen.setdefault(name, (copy.deepcopy(module), args, kwargs))
+    for name, module in net.named_modules():
+        if isinstance(module, kinds):
+            spread(module)
+            module.register_forward_pre_hook(functools.partial(keep, name), with_kwargs=True)
+    _, moved = mac_step(net, lambda: 1e3 * call(net).square().mean())
+    grads = gradients(net)
+    plain = [name for name in grads if not isinstance(net.get_submodule(
+        name.rpartition(".")[0]), (nn.Linear, nn.Conv2d, *kinds)) or "bias_table" in name]
+    close({name: moved[name] for name in plain}, {name: grads[name] for name in plain}, 1e-10)
+    assert seen and any("bias_table" in name for name in plain) == (network == "swin")
+    for name, (alone, args, kwargs) in seen.items():
+        multi = isinstance(alone, nn.MultiheadAttention)
+        set_identity(alone.out_proj if multi else alone.proj)
+        alone.dropout = 0.0
+        out = alone(*args, **kwargs)
+        (out[0] if multi else out).sum().backward()
+        key, b = ("in_proj_weight", "in_proj_bias") if multi else ("qkv.weight", "qkv.bias")
+        own, count, bias = gradients(alone), args[0][..., 0].numel(), f"{name}.{b}".lstrip(".")
+        weight = f"{name}.{key}".lstrip(".")
+        a = [mean_row(x, bias in grads) for x in ((args[0], args[1]) if multi else args[:1] * 2)]
+        v = whole(own[key], own.get(b)).view(3, len(own[key]) // 3, -1)[2].mean(0) / count
+        check_rows(whole(grads[weight], grads.get(bias)), whole(moved[weight], moved.get(bias)),
+                   torch.stack([*a, v]).repeat_interleave(len(own[key]) // 3, 0))
 
 
 # ---- kinds of attention ----
@@ -897,6 +782,9 @@ class Attends(nn.Module):
 
     def forward(self, x):
         return self.attend(self, x)
+
+
+sdpa = F.scaled_dot_product_attention
 
 
 def heads(y, n=2):
@@ -916,32 +804,18 @@ def eager(q, k, v, bias=0):
     return (scores(q, k) + bias).softmax(-1) @ v
 
 
-sdpa, dropout = F.scaled_dot_product_attention, F.dropout
+def on(parts, attention=eager):
+    """Attention of q, k, v that are parts of one layer's output."""
+    return lambda m, x: attention(*parts(m.qkv(x)))
 
 
-def thirds_with(attention):
-    return lambda m, x: attention(*thirds(m.qkv(x)))
+def apart(attention, of_q=lambda x: x, of_v=lambda x: x):
+    return lambda m, x: attention(heads(m.q(of_q(x))), heads(m.k(x)), heads(m.v(of_v(x))))
 
 
-def separate(attention):
-    return lambda m, x: attention(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))
-
-
-def by_heads(m, x):
-    q, k, v = m.qkv(x).unflatten(-1, (2, 3, 2)).permute(3, 0, 2, 1, 4)
-    return eager(q, k, v)
-
-
-def interleaved(m, x):
-    q, k, v = m.qkv(x).unflatten(-1, (2, 2, 3)).permute(4, 0, 2, 1, 3)
-    return eager(q, k, v)
-
-
-def shared_heads(attention):
-    def attend(m, x):
-        y = m.qkv(x)
-        return attention(heads(y[..., :8], 4), heads(y[..., 8:12]), heads(y[..., 12:]))
-    return attend
+def few_values(y):
+    """Four heads of q share two of k and v."""
+    return heads(y[..., :8], 4), heads(y[..., 8:12]), heads(y[..., 12:])
 
 
 def repeated(q, k, v):
@@ -949,146 +823,96 @@ def repeated(q, k, v):
     return eager(q, k, v)
 
 
-def one_head(attention):
-    def attend(m, x):
-        y = m.qkv(x)
-        return attention(heads(y[..., :6], 3), y[:, None, :, 6:8], y[:, None, :, 8:])
-    return attend
+def one_value(y):
+    return heads(y[..., :6], 3), y[:, None, :, 6:8], y[:, None, :, 8:]
 
 
-def cross(m, x):
-    k, v = m.kv(x.roll(1, 1) ** 2).chunk(2, -1)
-    return eager(heads(m.q(x[:, :3])), heads(k), heads(v))
+def opened(*shape):
+    """A mask under which each query sees two keys at least."""
+    return (torch.arange(math.prod(shape)).view(shape) % 5 % 2 == 0) | torch.eye(4).bool()
 
 
-def windows(m, x):
-    """Two windows of two tokens each, cut out of qkv's output."""
-    y = m.qkv(x).unflatten(1, (2, 2)).flatten(0, 1)
-    return eager(*thirds(y))
+def masked(mask, attention=sdpa):
+    return on(thirds, lambda q, k, v: attention(q, k, v, mask()))
 
 
-def window_masks(m, x):
+def window_masks(q, k, v):
     """A mask for each of two windows, as Swin adds it: (windows, 2, 2)."""
-    q, k, v = thirds(m.qkv(x.unflatten(1, (2, 2)).flatten(0, 1)))
     mask = torch.tensor([[[0.0, -9.0], [1.0, 0.0]], [[0.0, 3.0], [-9.0, 0.0]]]).double()
-    T = (scores(q, k).view(3, 2, 2, 2, 2) + mask[:, None]).view(6, 2, 2, 2).softmax(-1)
-    return T @ v
+    return ((scores(q, k).view(3, 2, 2, 2, 2) + mask[:, None]).view(6, 2, 2, 2).softmax(-1)) @ v
 
 
-def overlapping(m, x):
-    """Each pair of neighbours is a window, so that most tokens are in two."""
-    q, k, v = (y.unfold(2, 2, 1).mT for y in thirds(m.qkv(x)))
-    return eager(q, k, v)
+def windows(y):
+    """Two windows of two tokens each, cut out of qkv's output."""
+    return thirds(y.unflatten(1, (2, 2)).flatten(0, 1))
 
 
-def rotary(m, x):
-    q, k, v = thirds(m.qkv(x))
+def rotary(q, k, v):
     angle = torch.arange(4.0).double()[:, None]
     return eager(*(y * angle.cos() + y.flip(-1) * angle.sin() for y in (q, k)), v)
 
 
-def relative(m, x):
+def normed(q, k, v):
+    return sdpa(*(F.layer_norm(y, y.shape[-1:]) for y in (q, k)), v)
+
+
+def relative(q, k, v):
     i = torch.arange(4)
-    return eager(*thirds(m.qkv(x)), torch.linspace(-3, 3, 7).double()[i - i[:, None] + 3])
+    return eager(q, k, v, torch.linspace(-3, 3, 7).double()[i - i[:, None] + 3])
 
 
 def talking(before):
-    mix = torch.tensor([[1.0, 0.5], [-0.3, 1.0]]).double()
-
-    def attend(m, x):
-        q, k, v = thirds(m.qkv(x))
-        S = scores(q, k)
+    def attention(q, k, v):
+        mix, S = torch.tensor([[1.0, 0.5], [-0.3, 1.0]]).double(), scores(q, k)
         if before:
             return torch.einsum("gh,bhqk->bgqk", mix, S).softmax(-1) @ v
         return torch.einsum("gh,bhqk->bgqk", mix, S.softmax(-1)) @ v
-    return attend
-
-
-def one_query(m, x):
-    q, k, v = (heads(y) for y in (m.q(x[:, :1]), m.k(x), m.v(x)))
-    return eager(q, k, v)
-
-
-def channels(m, x):
-    q, k, v = (y.mT for y in thirds(m.qkv(x)))
-    return eager(F.normalize(q), F.normalize(k), v)
+    return attention
 
 
 def dropped(m, x):
     q, k, v = thirds(m.qkv(x))
-    return dropout(scores(q, k).softmax(-1), m.training_drop) @ v
+    return F.dropout(scores(q, k).softmax(-1), m.training_drop) @ v
 
 
-def dropped_inside(m, x):
-    return sdpa(*thirds(m.qkv(x)), dropout_p=m.training_drop)
+def cross(m, x):
+    return eager(heads(m.q(x[:, :3])), *map(heads, m.kv(x.roll(1, 1) ** 2).chunk(2, -1)))
 
 
 def learned_queries(m, x):
-    k, v = (heads(y) for y in m.kv(x).chunk(2, -1))
-    return eager(torch.arange(12.0).double().view(1, 2, 2, 3).sin(), k, v)
+    q = torch.arange(12.0).double().view(1, 2, 2, 3).sin()
+    return eager(q, *map(heads, m.kv(x).chunk(2, -1)))
 
 
-def same_values(m, x):
-    """The values of the first image serve all."""
-    return eager(heads(m.q(x)), heads(m.k(x)), heads(m.v(x[:1])))
-
-
-def flat_heads(m, x):
-    q, k, v = (y.reshape(-1, *y.shape[2:]) for y in thirds(m.qkv(x)))
+def flat_heads(q, k, v):
+    q, k, v = (y.reshape(-1, *y.shape[2:]) for y in (q, k, v))
     return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
 
 
-def two_attentions(m, x):
-    q, k, v = thirds(m.qkv(x))
-    return eager(q, k, v) + sdpa(q, k.flip(1), v, is_causal=True)
-
-
-def two_values(m, x):
-    """What are k's rows in one attention are v's in the other."""
-    q, k, v = thirds(m.qkv(x))
-    return eager(q, k, v) + eager(q, v, k)
-
-
 def sequence_first(m, x):
-    q, k, v = (y.reshape(4, -1, 3).transpose(0, 1) for y in m.qkv(x.transpose(0, 1)).chunk(3, -1))
-    return eager(q, k, v)
+    return eager(*(y.reshape(4, -1, 3).transpose(0, 1)
+                   for y in m.qkv(x.transpose(0, 1)).chunk(3, -1)))
 
 
-def pairs_of_tokens(m, x):
-    """A key is two tokens side by side."""
-    return eager(*(y.reshape(-1, 1, 2, 12) for y in m.qkv(x).chunk(3, -1)))
-
-
-def across_tokens(m, x):
+def across_tokens(y):
     """Values that begin in a token's columns and end in the next one's."""
-    y = m.qkv(x)
-    v = y.flatten(1)[:, 15:69].unflatten(1, (3, 18))[..., :6]
-    return eager(y[:, :3, :6], y[:, :3, 6:12], v)
+    return y[:, :3, :6], y[:, :3, 6:12], y.flatten(1)[:, 15:69].unflatten(1, (3, 18))[..., :6]
 
 
-def changed_in_place(m, x):
-    y = m.qkv(x)
+def changed_in_place(y):
     y[..., 12:].relu_()
-    return eager(*thirds(y))
+    return thirds(y)
 
 
-def scores_in_place(m, x):
-    q, k, v = thirds(m.qkv(x))
-    T = dropout(scores(q, k).softmax(-1), 0.5)
+def scores_in_place(q, k, v):
+    T = F.dropout(scores(q, k).softmax(-1), 0.5)
     T *= torch.arange(1, 3).view(2, 1, 1)
     return T @ v
 
 
-def causal_bias(m, x):
+def causal_bias(q, k, v):
     from torch.nn.attention.bias import causal_upper_left
-    return sdpa(*thirds(m.qkv(x)), attn_mask=causal_upper_left(4, 4))
-
-
-def values_with(change):
-    def attend(m, x):
-        q, k, v = thirds(m.qkv(x))
-        return eager(q, k, change(v))
-    return attend
+    return sdpa(q, k, v, attn_mask=causal_upper_left(4, 4))
 
 
 def checkpointed(reentrant):
@@ -1098,55 +922,71 @@ def checkpointed(reentrant):
     return attend
 
 
-QKV, QK_V = dict(qkv=18), dict(q=6, k=6, v=6)
-V = dict(qkv=slice(12, 18))
-OPEN = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 0], [0, 1, 0, 1]]).bool()
+QKV, QK_V, V = dict(qkv=18), dict(q=6, k=6, v=6), dict(qkv=slice(12, 18))
+V_OF_THREE = dict(v=slice(0, 6))
 ATTENTIONS = {       # O, the layers, which of their rows are those of v; none: the plain mean
-    "thirds": (thirds_with(eager), QKV, V),
-    "thirds, fused": (thirds_with(sdpa), QKV, V),
-    "heads first": (by_heads, dict(qkv=12), dict(qkv=[4, 5, 10, 11])),
-    "interleaved": (interleaved, dict(qkv=12), {}),
-    "separate": (separate(eager), QK_V, dict(v=slice(0, 6))),
-    "one head": (lambda m, x: eager(*m.qkv(x).chunk(3, -1)), QKV, V),
+    "thirds": (on(thirds), QKV, V),
+    "thirds, fused": (on(thirds, sdpa), QKV, V),
+    "softmax by keyword": (on(thirds, lambda q, k, v: torch.softmax(
+        input=scores(q, k), dim=-1) @ v), QKV, V),
+    "scale": (on(thirds, functools.partial(sdpa, scale=0.1)), QKV, V),
+    "heads first": (on(lambda y: y.unflatten(-1, (2, 3, 2)).permute(3, 0, 2, 1, 4)), dict(qkv=12),
+                    dict(qkv=[4, 5, 10, 11])),
+    "interleaved": (on(lambda y: y.unflatten(-1, (2, 2, 3)).permute(4, 0, 2, 1, 3)), dict(qkv=12),
+                    {}),
+    "separate": (apart(eager), QK_V, V_OF_THREE),
+    "one head": (on(lambda y: y.chunk(3, -1)), QKV, V),
     "kv": (cross, dict(q=6, kv=12), dict(kv=slice(6, 12))),
-    "repeated kv": (shared_heads(repeated), dict(qkv=16), dict(qkv=slice(12, 16))),
-    "grouped queries": (shared_heads(functools.partial(sdpa, enable_gqa=True)), dict(qkv=16),
+    "repeated kv": (on(few_values, repeated), dict(qkv=16), dict(qkv=slice(12, 16))),
+    "grouped queries": (on(few_values, functools.partial(sdpa, enable_gqa=True)), dict(qkv=16),
                         dict(qkv=slice(12, 16))),
-    "one head of kv": (one_head(eager), dict(qkv=10), dict(qkv=slice(8, 10))),
-    "one head of kv, fused": (one_head(sdpa), dict(qkv=10), dict(qkv=slice(8, 10))),
-    "causal": (thirds_with(functools.partial(sdpa, is_causal=True)), QKV, V),
-    "mask": (thirds_with(functools.partial(sdpa, attn_mask=OPEN)), QKV, V),
-    "float mask": (thirds_with(functools.partial(sdpa, attn_mask=OPEN.double() * 3)), QKV, V),
-    "mask of eager": (thirds_with(lambda q, k, v: scores(q, k).masked_fill(~OPEN, -1e9)
-                                  .softmax(-1) @ v), QKV, V),
-    "windows": (windows, QKV, V),
-    "masks of windows": (window_masks, QKV, V),
-    "overlapping windows": (overlapping, QKV, V),
-    "relative positions": (relative, QKV, V),
-    "rotary": (rotary, QKV, V),
-    "talking before softmax": (talking(True), QKV, V),
-    "talking after softmax": (talking(False), QKV, {}),
-    "one query": (one_query, QK_V, dict(v=slice(0, 6))),
+    "one head of kv": (on(one_value), dict(qkv=10), dict(qkv=slice(8, 10))),
+    "one head of kv, fused": (on(one_value, sdpa), dict(qkv=10), dict(qkv=slice(8, 10))),
+    "causal": (on(thirds, functools.partial(sdpa, is_causal=True)), QKV, V),
+    "mask": (masked(lambda: opened(4, 4)), QKV, V),
+    "masks of samples": (masked(lambda: opened(3, 1, 4, 4)), QKV, V),
+    "mask of keys": (masked(lambda: opened(3, 1, 4, 4)[:, :, :1]), QKV, V),
+    "float mask": (masked(lambda: opened(4, 4).double() * 3), QKV, V),
+    "float masks of heads": (masked(lambda: randn(2, 4, 4)), QKV, V),
+    "mask of eager": (masked(lambda: ~opened(4, 4) * -1e9, eager), QKV, V),
+    "windows": (on(windows), QKV, V),
+    "masks of windows": (on(windows, window_masks), QKV, V),
+    # each pair of neighbours is a window, so that most tokens are in two
+    "overlapping windows": (on(lambda y: [p.unfold(2, 2, 1).mT for p in thirds(y)]), QKV, V),
+    "image of tokens": (lambda m, x: eager(*thirds(m.qkv(x.unflatten(1, (2, 2))).flatten(1, 2))),
+                        QKV, V),
+    "relative positions": (on(thirds, relative), QKV, V),
+    "rotary": (on(thirds, rotary), QKV, V),
+    "norms of q and k": (on(thirds, normed), QKV, V),
+    "talking before softmax": (on(thirds, talking(True)), QKV, V),
+    "talking after softmax": (on(thirds, talking(False)), QKV, {}),
+    "one query": (apart(eager, of_q=lambda x: x[:, :1]), QK_V, V_OF_THREE),
     "one key": (lambda m, x: sdpa(*thirds(m.qkv(x[:, :1]))), QKV, V),
+    "one key of one sample": (lambda m, x: sdpa(*thirds(m.qkv(x[:1, :1]))), QKV, V),
     "learned queries": (learned_queries, dict(kv=12), dict(kv=slice(6, 12))),
-    "values of one image": (same_values, QK_V, dict(v=slice(0, 6))),
-    "channels": (channels, QKV, {}),
+    "values of one image": (apart(eager, of_v=lambda x: x[:1]), QK_V, V_OF_THREE),
+    "channels": (on(lambda y: [p.mT for p in thirds(y)], lambda q, k, v: eager(
+        F.normalize(q), F.normalize(k), v)), QKV, {}),
     "dropout": (dropped, QKV, V),
-    "dropout, fused": (dropped_inside, QKV, V),
-    "flat heads": (flat_heads, QKV, V),
+    "dropout, fused": (lambda m, x: sdpa(*thirds(m.qkv(x)), dropout_p=m.training_drop), QKV, V),
+    "flat heads": (on(thirds, flat_heads), QKV, V),
     "sequence first": (sequence_first, QKV, V),
-    "two attentions": (two_attentions, QKV, V),
-    "k is v elsewhere": (two_values, QKV, {}),
-    "pairs of tokens": (pairs_of_tokens, QKV, {}),
-    "across tokens": (across_tokens, QKV, {}),
-    "changed in place": (changed_in_place, QKV, {}),
-    "scores in place": (scores_in_place, QKV, {}),
-    "CausalBias": (causal_bias, QKV, {}),
-    "copied": (values_with(lambda v: v.contiguous().clone()), QKV, V),
-    "reshaped": (values_with(lambda v: v.reshape(6, 4, 3).view(3, 2, 4, 3)), QKV, V),
-    "activated": (values_with(F.gelu), QKV, {}),
-    "with more keys": (lambda m, x: sdpa(*(torch.cat([y, y[:, :, :1]], 2)
-                                           for y in thirds(m.qkv(x)))), QKV, {}),
+    "two attentions": (on(thirds, lambda q, k, v: eager(q, k, v) + sdpa(
+        q, k.flip(1), v, is_causal=True)), QKV, V),
+    # what are k's rows in one attention are v's in the other
+    "k is v elsewhere": (on(thirds, lambda q, k, v: eager(q, k, v) + eager(q, v, k)), QKV, {}),
+    "a key is two tokens": (on(lambda y: [p.reshape(-1, 1, 2, 12) for p in y.chunk(3, -1)]), QKV,
+                            {}),
+    "across tokens": (on(across_tokens), QKV, {}),
+    "changed in place": (on(changed_in_place), QKV, {}),
+    "scores in place": (on(thirds, scores_in_place), QKV, {}),
+    "CausalBias": (on(thirds, causal_bias), QKV, {}),
+    "copied": (on(thirds, lambda q, k, v: eager(q, k, v.contiguous().clone())), QKV, V),
+    "reshaped": (on(thirds, lambda q, k, v: eager(q, k, v.reshape(6, 4, 3).view(3, 2, 4, 3))), QKV,
+                 V),
+    "activated": (on(thirds, lambda q, k, v: eager(q, k, F.gelu(v))), QKV, {}),
+    "with more keys": (on(lambda y: [torch.cat([p, p[:, :, :1]], 2) for p in thirds(y)], sdpa), QKV,
+                       {}),
     "checkpointing": (checkpointed(False), QKV, V),
     # the rerun in the backward pass goes through the layer alone, not through the model
     "checkpointing, reentrant": (checkpointed(True), QKV, {}),
@@ -1158,8 +998,8 @@ ATTENTIONS = {       # O, the layers, which of their rows are those of v; none: 
 def test_mac_attention_kinds(kind, chunked, monkeypatch):
     """(6) for whatever leads from linear layers to attention, against autograd.
 
-    With the loss Σ O the rows of [G_V | g_v] add up to Σ [TX; 1]: their mean, divided by its last
-    number, is ā_V.
+    With V = X W_Vᵀ + 1bᵀ and the loss Σ O the rows of [G_V | g_v] add up to Σ [TX; 1]: their mean,
+    divided by its last number, is ā_V.
     """
     if chunked:
         set_everywhere(monkeypatch, "CHUNK", 1)           # one sample at a time
@@ -1171,21 +1011,60 @@ def test_mac_attention_kinds(kind, chunked, monkeypatch):
             lambda _, args, name=name: inputs.setdefault(name, args[0].detach()))
     x, exact = randn(3, 4, 6) + 0.5, copy.deepcopy(net)
     exact.training_drop = 0.0
+    torch.manual_seed(1)                                  # of masks
     exact(x).sum().backward()
-    optimizer, changes = mac_step(net, lambda: net(x).sum())
+    torch.manual_seed(1)
+    optimizer, moved = mac_step(net, lambda: net(x).sum())
     for name in widths:
         layer, without = getattr(net, name), getattr(exact, name)
-        G = whole(layer.weight.grad, layer.bias.grad)
-        a = F.pad(inputs[name].reshape(-1, 6).mean(0), (0, 1), value=1.0).expand(len(G), -1).clone()
+        G, a = whole(layer.weight.grad, layer.bias.grad), mean_row(inputs[name], True)
+        rows = a.expand_as(G).clone()
         if name in values:
-            rows = whole(without.weight.grad, without.bias.grad)[values[name]].mean(0)
+            mean = whole(without.weight.grad, without.bias.grad)[values[name]].mean(0)
+            rows[values[name]] = mean / mean[-1]
             if inputs[name].shape[1] > 1:
-                assert (rows / rows[-1] - a[0]).abs().max() > 1e-2
-            a[values[name]] = rows / rows[-1]
-        want = G - (G * a).sum(1, keepdim=True) * a / (0.3 + a.square().sum(1, keepdim=True))
-        close(whole(changes[f"{name}.weight"], changes[f"{name}.bias"]), want, 1e-11)
-        assert ("attended" in str(optimizer).split(f" {name}: ")[1].split("\n")[0]) == (
-            name in values)
+                assert (mean / mean[-1] - a).abs().max() > 1e-2
+        check_rows(G, whole(moved[f"{name}.weight"], moved[f"{name}.bias"]), rows)
+        line = str(optimizer).split(f" {name}: ")[1].split("\n")[0]
+        assert ("attended" in line) == (name in values)
+
+
+@pytest.mark.parametrize("mode", ("float32", "autocast", "bfloat16 weights"))
+def test_mac_attention_precision(mode):
+    """(6) in float32 of the q and k that were used, norms included."""
+    def attend(m, x):
+        q, k, v = thirds(m.qkv(x))
+        seen.extend(F.layer_norm(y, y.shape[-1:]) for y in (q, k))
+        return sdpa(*seen, v)
+    net, seen = Attends(attend, qkv=18), []
+    spread(net)
+    net = net.to(torch.bfloat16 if "weights" in mode else torch.float32)
+    x = (torch.randn(4, 9, 6) + 1).bfloat16().to(net.qkv.weight.dtype)
+    with torch.autocast(device_type(), torch.bfloat16, enabled=mode == "autocast"):
+        optimizer, _ = mac_step(net, lambda: net(x).float().sum())
+    mean, X = optimizer.state[net.qkv.weight]["mean"], x.double()
+    q, k = (y.detach().double() for y in seen)
+    want = [X.mean((0, 1)), (scores(q, k).softmax(-1) @ X[:, None]).mean((0, 1, 2))]
+    assert mean.dtype == torch.float32
+    close(mean, with_ones(torch.stack(want)), 3e-6)
+
+
+def not_followed(m, x):
+    return eager(*thirds(m.qkv(x).sin()))
+
+
+OTHERS = {      # no attention that is seen, or another one than above
+    "not followed": not_followed, "v first": on(lambda y: [thirds(y)[i] for i in (1, 2, 0)]),
+    "einsum": lambda m, x: torch.einsum("od,bnd->bno", m.qkv.weight, x) + m.qkv.bias,
+    "wide heads first": on(lambda y: y.unflatten(-1, (2, 3, 3)).permute(3, 0, 2, 1, 4)),
+    "thirds": ATTENTIONS["thirds"][0]}
+
+
+def attend_and_step(net, optimizer, x, attend):
+    optimizer.zero_grad()
+    net.attend = attend
+    net(net.beside(x)).square().sum().backward()
+    optimizer.step()
 
 
 def train_attention(rank, world, kinds):
@@ -1201,7 +1080,7 @@ def train_attention(rank, world, kinds):
         x = randn(2 * len(kinds), 4, 6)
         for i, kind in enumerate(kinds):
             if world == 1 or i == rank:
-                net.attend = ATTENTIONS[kind][0]
+                net.attend = OTHERS[kind]
                 (net(net.beside(x[2 * i:2 * i + 2])).square().sum() * world).backward()
         for p in net.parameters() if world > 1 else ():
             torch.distributed.all_reduce(p.grad)
@@ -1210,26 +1089,7 @@ def train_attention(rank, world, kinds):
     return snapshot(net, optimizer)
 
 
-def not_followed(m, x):
-    return eager(*thirds(m.qkv(x).sin()))
-
-
-def in_other_order(m, x):
-    v, q, k = thirds(m.qkv(x))
-    return eager(q, k, v)
-
-
-def with_einsum(m, x):
-    return torch.einsum("od,bnd->bno", m.qkv.weight, x) + m.qkv.bias
-
-
-ATTENTIONS |= {      # not among those above: no attention at all, or another one than there
-    "not followed": (not_followed, QKV, {}), "v first": (in_other_order, QKV, {}),
-    "einsum": (with_einsum, QKV, {}),
-    "wide heads first": (lambda m, x: eager(*m.qkv(x).unflatten(-1, (2, 3, 3)).permute(
-        3, 0, 2, 1, 4)), QKV, {})}
-
-
+@only_cpu
 @pytest.mark.parametrize("kinds, values", (
     (("thirds", "not followed"), 8 + 4), (("not followed", "thirds"), 8 + 4),
     (("thirds", "v first"), 2), (("not followed", "wide heads first", "thirds"), 2),
@@ -1250,45 +1110,35 @@ def test_mac_attention_on_ranks(kinds, values):
 
 def test_mac_attention_not_followed_later():
     """Where a step's attention is not followed the rows of v are unknown: it adds nothing."""
-    net = Attends(ATTENTIONS["thirds"][0], qkv=18, beside=6).double()
+    net, means = Attends(None, qkv=18, beside=6).double(), []
     optimizer = MAC(net, input_covariance=False, tcov=1)
-    means = []
-    for attend in (net.attend, not_followed, net.attend):
-        optimizer.zero_grad()
-        net.attend = attend
-        net(net.beside(randn(3, 4, 6))).square().sum().backward()
-        optimizer.step()
+    for kind in ("thirds", "not followed", "thirds"):
+        attend_and_step(net, optimizer, randn(3, 4, 6), OTHERS[kind])
         means.append(optimizer.state[net.qkv.weight]["mean"].clone())
     assert torch.equal(means[1], means[0]) and not torch.equal(means[2], means[1])
     assert optimizer.state[net.qkv.weight]["updates"] == 2
 
 
-@pytest.mark.parametrize("before", ("thirds", "not followed", "heads first"))
+@pytest.mark.parametrize("before", ("thirds", "not followed", "wide heads first"))
 @pytest.mark.parametrize("step", range(1, 6))
-def test_mac_attention_resumed(before, step, tmp_path):
+def test_mac_attention_resumed(before, step):
     """A resumed run equals the other bit for bit, with what was known of the values; so does one
     that is loaded into an optimizer which has seen another attention."""
-    kind = "heads first" if before == "heads first" else "thirds"
-    first, widths, _ = ATTENTIONS[before if before != "thirds" else kind]
-    nets = [Attends(first, **widths if before == "heads first" else QKV).double() for _ in range(2)]
-    optimizers = [MAC(net, input_covariance=False, tcov=2, tinv=3) for net in nets]
-    data = randn(8, 3, 4, 6)
-
-    def train(i, part, attend=first):
-        nets[i].attend = attend
-        for x in part:
-            optimizers[i].zero_grad()
-            nets[i](x).square().sum().backward()
-            optimizers[i].step()
-    train(0, data[:step])
-    torch.save([nets[0].state_dict(), optimizers[0].state_dict()], tmp_path / "checkpoint.pt")
-    train(1, data[:2], ATTENTIONS[kind][0])
-    model, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    nets[1].load_state_dict(model)
-    optimizers[1].load_state_dict(state)
-    for i in range(2):
-        train(i, data[step:], ATTENTIONS[kind][0])
-    close(snapshot(nets[1], optimizers[1]), snapshot(nets[0], optimizers[0]), 0)
+    def make(net):
+        return MAC(net, input_covariance=False, tcov=2, tinv=3)
+    later = "thirds" if before == "not followed" else before
+    net, data = Attends(None, qkv=18, beside=6).double(), randn(8, 3, 4, 6)
+    optimizer, fresh = make(net), copy.deepcopy(net)
+    other = make(fresh)
+    for x in data[:step]:
+        attend_and_step(net, optimizer, x, OTHERS[before])
+    for x in data[:2]:
+        attend_and_step(fresh, other, x, OTHERS["thirds"])
+    copy_of_run(net, optimizer, fresh, other)
+    for model, each in ((net, optimizer), (fresh, other)):
+        for x in data[step:]:
+            attend_and_step(model, each, x, OTHERS[later])
+    close(snapshot(fresh, other), snapshot(net, optimizer), 0)
 
 
 # ---- MAC ----
@@ -1329,124 +1179,58 @@ def test_mac_proposition_4_1():
     close((v @ mean).abs(), mean.norm(), 1e-9)     # an isotropic Σ leaves ā an eigenvector
 
 
-def preconditioned(make, X, G, E=None, **options):
-    """What the first step makes of G (out, d) in a Linear layer with the input rows X.
-
-    E are the rows' output gradients, times their number.
-    """
-    layer = nn.Linear(X.shape[1], len(G), bias=False).to(X.dtype)
-    nn.init.zeros_(layer.weight)
-    optimizer = make(layer, **options)
-    (layer(X) * (torch.ones(len(X), len(G)) if E is None else E)).sum().div(len(X)).backward()
-    layer.weight.grad = G.clone()
-    optimizer.step()
-    return -layer.weight.detach()
-
-
-def test_mac_multiplier():
-    """ρ(āāᵀ + ρI)⁻¹: ρ/(ρ + ‖ā‖²) along ā and 1 elsewhere; large ρ is SGD, small ρ projects."""
-    X, make = randn(5, 7) + 1, METHODS["mac"]
-    a = X.mean(0)
-    λ = torch.linalg.eigvalsh(preconditioned(make, X, torch.eye(7).double(), damping=0.5))
-    close(λ, [0.5 / (0.5 + (a @ a).item())] + [1.0] * 6, 1e-13)
-    G = randn(3, 7)
-    close(preconditioned(make, X, G, damping=1e16), G, 1e-14)
-    close(1 + preconditioned(make, X, G, damping=1e-14) @ a, torch.ones(3), 1e-12)
-
-
-def grams(net, X, slope, damping):
-    """J Jᵀ, J (C⁻¹ ⊗ I) Jᵀ with autograd's Jacobian J and C = x̄x̄ᵀ + ρI, XC⁻¹Xᵀ and S."""
-    W = net[0].weight
-    C = torch.outer(X.mean(0), X.mean(0)) + damping * torch.eye(X.shape[1], dtype=X.dtype)
-    J = torch.stack([torch.autograd.grad(net(x).sum(), W)[0] for x in X])           # (n, m, d)
-    slopes = slope(X @ W.detach().T)
-    G_mac = torch.einsum("imd,de,jme->ij", J, torch.linalg.inv(C), J)
-    return (J.flatten(1) @ J.flatten(1).T, G_mac, X @ torch.linalg.inv(C) @ X.T,
-            slopes @ slopes.T / len(W))
-
-
-@pytest.mark.parametrize("act, slope, tol", (
-    (nn.ReLU(), lambda z: (z > 0).double(), 2e-2), (nn.Tanh(), lambda z: 1 - z.tanh() ** 2, 1e-7)))
-def test_mac_convergence(act, slope, tol):
-    """G_MAC = (X C⁻¹ Xᵀ) ∘ S, its bounds, and that MAC contracts the residual by I − ηG_MAC.
-
-    The net is f(x) = Σ_r a_r φ(w_rᵀx)/√m, a_r = ±1, of which W is trained. With ReLU the steps are
-    linear up to neurons that switch, with tanh up to second order.
-    """
-    n, d, m, ρ = 20, 30, 512, 0.1
-    eigenvalues = torch.linalg.eigvalsh
-    X, y = F.normalize(randn(n, d).abs()), randn(n)
-    net = nn.Sequential(nn.Linear(d, m, bias=False), act, nn.Linear(m, 1, bias=False)).double()
-    net[0].weight.data.normal_()
-    net[2].weight.data = (torch.rand(1, m, dtype=X.dtype) - 0.5).sign() / m ** 0.5
-    net[2].weight.requires_grad_(False)
-    G, G_mac, K, S = grams(net, X, slope, ρ)
-    λ, plain = eigenvalues(G_mac), eigenvalues(G)
-    close(G_mac, K * S, 1e-12)
-    at_most(torch.zeros(n), eigenvalues(G_mac - G / (ρ + X.mean(0).square().sum())))
-    at_most(torch.zeros(n), eigenvalues(G / ρ - G_mac))
-    at_most(K.diagonal().min() * eigenvalues(S)[0], λ[0])               # Schur
-    assert λ[-1] / λ[0] < plain[-1] / plain[0] / 2
-
-    η = 1 / λ[-1].item()         # of the plain inverse; MAC applies ρ times it
-    optimizer = MAC(net, lr=η / ρ, momentum=0.0, damping=ρ, tcov=1, tinv=1, input_covariance=False)
-    for step in range(150):
-        optimizer.zero_grad()
-        r = net(X)[:, 0] - y
-        (r @ r / 2).backward()
-        before = grams(net, X, slope, ρ)[1] if step == 149 else None
-        optimizer.step()
-    r, after = r.detach(), (net(X)[:, 0] - y).detach()
-    close(after, r - η * before @ r, tol)
-    close(after.norm() / r.norm(), 1 - η * eigenvalues(before)[0], 1e-2)
+def numbers_of(optimizer):
+    """How many numbers of statistics the state holds."""
+    return sum(v.numel() for state in optimizer.state.values() for k, v in state.items()
+               if torch.is_tensor(v) and k != "momentum_buffer")
 
 
 def test_mac_state_size():
     """Two vectors for each block of inputs, and two for rows that attention may weigh; of the first
     layer a triangle and its factor."""
-    net, numbers, want = make_net(), 0, 0
+    net, want = make_net(), 28 * 29 // 2 + 28 ** 2
     optimizer = MAC(net, tcov=2, tinv=3)
     usual(net, optimizer, make_data(5))
-    for p, state in optimizer.state.items():
-        numbers += sum(v.numel() for k, v in state.items()
-                       if torch.is_tensor(v) and k != "momentum_buffer")
     for name, p in net.named_parameters():
-        if name == "conv1.weight":
-            want += 28 * 29 // 2 + 28 ** 2
-        elif p.dim() > 1 and not name.startswith("extra"):
+        if p.dim() > 1 and not name.startswith(("conv1", "extra")):
             blocks = {"conv2.weight": 2, "encoder.self_attn.in_proj_weight": 4}.get(name, 2)
             want += 2 * blocks * (p[0].numel() + (name != "conv2.weight"))
-    assert numbers == want
+    assert numbers_of(optimizer) == want
+    for layer, values in ((net.block.attn.qkv, 8 + 4), (net.head, -1)):          # bits of v's blocks
+        assert optimizer.state[layer.weight]["values"] == values
     text = str(optimizer)
-    assert f"{8 * want:,} bytes of statistics" in text
-    for line in ("conv1: 4×28, input covariance", "block.attn.proj: 8×9, mean input,",
-                 "block.attn.qkv: 24×9, mean input, v: mean attended input"):
-        assert line in text, text
-    assert "plain step: block.norm1" in text, text
+    for words in ("conv1: 4×28, input covariance", "block.attn.proj: 8×9, mean input,",
+                  "block.attn.qkv: 24×9, mean input, v: mean attended input",
+                  "plain step: block.norm1", f"{8 * want:,} bytes of statistics"):
+        assert words in text, text
 
 
 def first_covariance(optimizer, weight):
     """A₁ (d, d) in the state, whole or packed as its lower triangle by rows."""
     A = optimizer.state[weight]["covariance"][0]
-    if A.dim() == 1:
-        d = int((2 * len(A)) ** 0.5)
-        A = A.new_zeros(d, d).index_put(tuple(torch.tril_indices(d, d)), A)
-        A = A + A.tril(-1).T
-    return A
+    d = int((2 * len(A)) ** 0.5)
+    A = A.new_zeros(d, d).index_put(tuple(torch.tril_indices(d, d)), A)
+    return A + A.tril(-1).T
 
 
 def covariance_of(inputs, layer):
-    rows = torch.cat([input_rows(x, layer).flatten(0, 2) for x in inputs])
-    rows = F.pad(rows, (0, 1), value=1.0)
+    rows = with_ones(torch.cat([input_rows(x, layer).flatten(0, 2) for x in inputs]))
     return rows.T @ rows / len(rows)
 
 
+def norm_then_conv(out=4):
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, out, 3), nn.Flatten(),
+                         nn.Linear(16 * out, 5))
+
+
+def small_vit():
+    return models.VisionTransformer(6, 2, 12, 1, 2, 5, 3)
+
+
 @pytest.mark.parametrize("build, first, shape", (
-    (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2)),
-     "1", (2, 3, 6, 6)),
-    (lambda: models.VisionTransformer(6, 2, 12, 1, 2, 3, 3), "patch_embed.proj", (2, 3, 6, 6)),
-    (lambda: nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 3)), "1", (5, 4)),
-    (lambda: nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)), None, None),
+    (norm_then_conv, "1", (2, 3, 6, 6)), (small_vit, "patch_embed.proj", (2, 3, 6, 6)),
+    (lambda: nn.Sequential(nn.Linear(4, 4).requires_grad_(False), linear()), "1", (5, 4)),
+    (lambda: nn.Sequential(nn.Embedding(9, 4), linear()), None, None),
     (lambda: models.Attention(4, 2), None, (2, 3, 4))))
 def test_mac_first_layer(build, first, shape):
     """(5) which layer it is, and A₁ (test_step has the step)."""
@@ -1464,69 +1248,63 @@ def test_mac_first_layer(build, first, shape):
 
 @pytest.mark.parametrize("build, first, shape", (
     (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)), "0", (4,)),
-    (conv_bn_linear, "0", (3, 6, 6)),
-    (lambda: models.VisionTransformer(6, 2, 12, 1, 2, 5, 3), "patch_embed.proj", (3, 6, 6)),
-    (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 5)),
-     "1", (3, 6, 6))), ids=("Linear", "convolution", "patch embedding", "after a norm"))
+    (small_vit, "patch_embed.proj", (3, 6, 6)), (norm_then_conv, "1", (3, 6, 6))),
+    ids=("Linear", "patch embedding", "after a norm"))
 @pytest.mark.parametrize("training", (False, True))
 def test_mac_calibrate(build, first, shape, training):
-    """One pass over uneven batches is the covariance of all rows; it stays, the model too."""
+    """One pass over uneven batches is the covariance of all rows, of which the next step is made,
+    whatever came before; it stays, the model too, and a resumed run has it."""
+    def make(net):
+        return MAC(net, tcov=1, tinv=50, damping=0.5)
     labels, batches = torch.randint(5, (6,)), [randn(n, *shape) + 1 for n in (4, 6, 1, 5)]
-    net, inputs = build().double().train(training), []
-    twin, layer = copy.deepcopy(net), net.get_submodule(first)
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    optimizer = MAC(net, tcov=1, tinv=2, damping=0.5)
-    optimizer.calibrate((x, labels) if i % 2 else x for i, x in enumerate(batches))
-    twin.get_submodule(first).register_forward_hook(lambda _, x, y: inputs.append(x[0]))
+    net, inputs, later = build().double(), [], []
+    data, layer = [(randn(6, *shape), labels) for _ in range(7)], net.get_submodule(first)
+    optimizer = make(net)
+    optimizer.calibrate(x + 3 for x in batches)
+    usual(net, optimizer, data[:1])
+    optimizer.zero_grad()
+    before, twin = copy.deepcopy(net.train(training).state_dict()), copy.deepcopy(net)
+    twin.get_submodule(first).register_forward_hook(lambda _, x, y: inputs.append(x[0].detach()))
     for x in batches:
         twin(x)
     want = covariance_of(inputs, layer)
+    last = [*net.children()][-1].register_forward_hook(lambda *_: later.append("ran"))
+    optimizer.calibrate((x, labels) if i % 2 else x for i, x in enumerate(batches))
+    last.remove()
     close(first_covariance(optimizer, layer.weight), want, 1e-12)
-    close(dict(net.state_dict()), before, 0)
-    assert all(m.training == training for m in net.modules())
+    close(net.state_dict(), before, 0)
+    assert all(m.training == training for m in net.modules()) and not later
     assert all(p.grad is None for p in net.parameters())
-    data, fresh = [(randn(6, *shape), labels) for _ in range(6)], build().double()
-    usual(net.train(), optimizer, data[:3])
-    fresh.load_state_dict(net.state_dict())
-    resumed = MAC(fresh, tcov=1, tinv=2, damping=0.5)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for model, opt in ((net, optimizer), (fresh, resumed)):
-        usual(model, opt, data[3:])
-        close(first_covariance(opt, model.get_submodule(first).weight), want, 1e-12)
+    old = whole(layer.weight, layer.bias).detach().clone()
+    optimizer.param_groups[0].update(lr=1.0, momentum=0.0)
+    usual(net.train(), optimizer, data[1:2])
+    G = whole(layer.weight.grad, layer.bias.grad)
+    close(old - whole(layer.weight, layer.bias), 0.5 * G @ inverse(want, 0.5), 1e-10)
+    usual(net, optimizer, data[2:4])
+    fresh = build().double()
+    resumed = make(fresh)
+    copy_of_run(net, optimizer, fresh, resumed)
+    for model, each in ((net, optimizer), (fresh, resumed)):
+        usual(model, each, data[4:])
+        close(first_covariance(each, model.get_submodule(first).weight), want, 1e-12)
     close(snapshot(fresh, resumed), snapshot(net, optimizer), 0)
-
-
-def test_mac_calibrate_step():
-    """The step uses the calibrated A₁, not the batch's; a later call replaces it at once."""
-    net, x, later = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double(), randn(5, 4), []
-    optimizer = MAC(net, lr=1.0, momentum=0.0, damping=0.5, tcov=1, tinv=50)
-    for _ in range(2):
-        data, before = [randn(7, 4) + 3, randn(2, 4)], net[0].weight.detach().clone()
-        handle = net[1].register_forward_hook(lambda *_: later.append("ran"))
-        optimizer.calibrate(data)
-        handle.remove()
-        optimizer.zero_grad()
-        net(x).square().sum().backward()
-        optimizer.step()
-        rows = F.pad(torch.cat(data), (0, 1), value=1.0)
-        want = 0.5 * whole(net[0].weight.grad, net[0].bias.grad) @ inverse(rows.T @ rows / 9, 0.5)
-        close(before - net[0].weight, want[:, :4], 1e-11)
-    assert not later, "layers beyond the first ran"
 
 
 def calibrated_on_ranks(rank, world):
     """Uneven shards, under DDP; the first layer's covariance."""
-    model = nn.parallel.DistributedDataParallel(conv_bn_linear())
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(make_net())
     optimizer = MAC(model)
     parts = make_data(1, batch=12)[0][0].split([1, 3, 8] if world == 3 else [1, 11])
     optimizer.calibrate(parts[rank].split(2))
-    return first_covariance(optimizer, model.module[0].weight)
+    return first_covariance(optimizer, model.module.conv1.weight)
 
 
+@only_cpu
 @pytest.mark.parametrize("world", (2, 3))
 def test_mac_calibrate_on_ranks(world):
     results = on_ranks(world, calibrated_on_ranks)
-    close(results[0], covariance_of([make_data(1, batch=12)[0][0]], conv_bn_linear()[0]), 1e-12)
+    close(results[0], covariance_of([make_data(1, batch=12)[0][0]], make_net().conv1), 1e-12)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -1537,7 +1315,7 @@ def test_mac_refuses():
     raises(ValueError, ["calibrate", "no batch"], lambda: MAC(make_net()).calibrate([]))
     raises(ValueError, ["calibrate", "no first layer"],
            lambda: MAC(models.Attention(4, 2)).calibrate([torch.zeros(1, 2, 4)]))
-    net = nn.Sequential(nn.Linear(4, 3))       # A₁ + ρI that float32 cannot tell from a singular A₁
+    net = nn.Sequential(linear())          # A₁ + ρI that float32 cannot tell from a singular A₁
     optimizer, before = MAC(net, damping=1e-6), net[0].weight.detach().clone()
     net(1e4 * torch.randn(2, 4)).sum().backward()
     raises(FloatingPointError, ["layer 0 ", "1e-06", "damping"], optimizer.step)
@@ -1546,49 +1324,15 @@ def test_mac_refuses():
 
 # ---- FOOF ----
 
-def whole(weight, bias=None):
-    """[W | b]."""
-    weight = weight.flatten(1)
-    return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
-
-
-def two_rows(Optimizer, **options):
-    """A step of Linear(2, 2) from zero, by two rows: −(weight | bias), and [∇W | ∇b]."""
-    x = torch.tensor([[1.0, 2], [3, -1]], dtype=torch.float64)
-    g = torch.tensor([[0.5, -1], [0.25, 0.5]], dtype=torch.float64)
-    layer = nn.Linear(2, 2).double()
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    optimizer = factory(Optimizer, **options)(layer, momentum=0.0)
-    (layer(x) * g).sum().backward()
-    optimizer.step()
-    return -whole(layer.weight, layer.bias), whole(layer.weight.grad, layer.bias.grad), \
-        optimizer.state[layer.weight]
-
-
-def test_foof_golden():
-    """Two rows, λ = 1, by hand: A = [[5, −½, 2], [−½, 5/2, ½], [2, ½, 1]]."""
-    step, G, _ = two_rows(FOOF, lr=1.0, damping=1.0)
-    close(G, [[1.25, 0.75, 0.75], [0.5, -2.5, -0.5]], 1e-15)
-    close(step, [[0.18, 0.22, 0.14], [0.08, -0.68, -0.16]], 1e-14)
-    # the paper's Appendix F: two points, squared loss, no bias, solved by one undamped step
-    x, y = torch.tensor([[3.0, 1], [1, 0]], dtype=torch.float64), torch.tensor([[1.0], [-1]])
-    layer = nn.Linear(2, 1, bias=False).double()
-    nn.init.zeros_(layer.weight)
-    optimizer = FOOF(layer, lr=1.0, momentum=0.0, damping=1e-14)
-    (0.5 * (layer(x) - y).square()).mean().backward()
-    close(-2 * layer.weight.grad, [[2.0, 1]], 1e-15)
-    optimizer.step()
-    close(layer.weight, [[-1.0, 4]], 1e-10)
-
-
 @pytest.mark.parametrize("R, d, out, ρ", ((7, 3, 2, 0.5), (4, 9, 5, 1.0), (50, 10, 3, 1e-3),
                                           (3, 6, 4, 10.0)))
 def test_foof_ridge(R, d, out, ρ):
     """(2) = (3): the minimiser by least squares on augmented rows; zero gradient of (2)."""
-    X, E = randn(R, d) + 1, randn(R, out)              # rows a, and e = R ∂loss/∂s
-    G = E.T @ X / R
-    step = preconditioned(METHODS["foof"], X, G, damping=ρ)
+    X, E, layer = randn(R, d) + 1, randn(R, out), nn.Linear(d, out, bias=False).double()
+    optimizer, before = METHODS["foof"](layer, damping=ρ), layer.weight.detach().clone()
+    (layer(X) * E).sum().div(R).backward()             # rows a, and e = R ∂loss/∂s
+    optimizer.step()
+    step, G = before - layer.weight.detach(), E.T @ X / R
     rows = torch.cat([X / R ** 0.5, ρ ** 0.5 * torch.eye(d, dtype=X.dtype)])
     targets = torch.cat([E / R ** 0.5, X.new_zeros(d, out)])
     close(step, torch.linalg.lstsq(rows, targets).solution.T, 1e-11)
@@ -1597,65 +1341,10 @@ def test_foof_ridge(R, d, out, ρ):
     close(torch.autograd.grad(value, free)[0] + G, G, 1e-12)
 
 
-def test_foof_identities():
-    """R ≤ d, ρ → 0: outputs move by −e; invariance to linear maps; one row: MAC; ρ → ∞: SGD."""
-    make, X, E = METHODS["foof"], randn(4, 9), randn(4, 3)
-    close(X @ preconditioned(make, X, E.T @ X / 4, damping=1e-11).T, E, 1e-8)
-    M, W, X, E, moved = randn(5, 5), randn(3, 5), randn(20, 5), randn(20, 3), []
-    for T in torch.eye(5, dtype=X.dtype), M:
-        rows, weight = X @ T.T, W @ torch.linalg.inv(T)
-        step = preconditioned(make, rows, E.T @ rows / 20, damping=1e-13)
-        moved.append(rows @ (weight - step).T)
-    close(moved[1], moved[0], 1e-9)
-    x, G = randn(1, 6), randn(4, 6)
-    close(0.3 * preconditioned(make, x, G), preconditioned(METHODS["mac"], x, G), 1e-13)
-    close(1e9 * preconditioned(make, x, G, damping=1e9), G, 1e-8)
-
-
 # ---- covariance.py and patches.py ----
-
-def test_packed():
-    """Lower triangles by rows: a leading block is a leading part, a border one more row."""
-    A = randn(3, 2, 7, 7)
-    A = A @ A.mT
-    packed = covariance.pack(A)
-    close(covariance.unpack(packed), A.tril(), 0)
-    close(covariance.pack(A[..., :5, :5]), packed[..., :15], 0)
-    a = randn(4, 6)
-    rows = F.pad(a, (0, 1), value=1.0)
-    close(covariance.bordered(covariance.pack(a.T @ a)[None], a.sum(0)[None], 4),
-          covariance.pack(rows.T @ rows)[None], 1e-14)
-
-
-def test_damped_cholesky():
-    """L Lᵀ = A + ρI, stacked or alone, of the lower triangle only; each A told that has none."""
-    A, eye = randn(3, 2, 7, 7), torch.eye(7, dtype=torch.float64)
-    A = A @ A.mT
-    L, failed = covariance.damped_cholesky(A.tril(), torch.full((3, 2), 0.1, dtype=A.dtype))
-    close(L @ L.mT, A + 0.1 * eye, 1e-14)
-    assert not failed.any()
-    for i in range(3):
-        close(covariance.damped_cholesky(A[i].tril(), 0.1)[0], L[i], 1e-15)
-    G = randn(3, 2, 4, 7)
-    close(covariance.solve_right(G, L), G @ torch.linalg.inv(A + 0.1 * eye), 1e-12)
-    A[1, 1, 0, 0] = -1.0
-    assert covariance.damped_cholesky(A.tril(), 0.1)[1].tolist() == [[False] * 2, [False, True],
-                                                                     [False] * 2]
-
 
 def shape_of(conv):
     return Geometry.of(conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-@pytest.mark.parametrize("C, out, size, options", [*GEOMETRIES, *SHIFTS], ids=str)
-def test_sums_of_patches(C, out, size, options):
-    """Sums and grams of patches, formed or not, against loops; padding modes are copies before."""
-    conv, x = nn.Conv2d(C, out, **options | dict(padding_mode="zeros")).double(), randn(2, C, *size)
-    geometry, rows = shape_of(conv), conv_rows(x, conv).flatten(1, 2)               # (groups, R, d)
-    close(patches.patches(x, geometry), rows.mT, 0)
-    close(patches.patch_sum(patches.image_sum(x), geometry), rows.sum(1), 1e-12)
-    A = covariance.patch_gram(x, geometry)
-    close(A.tril(), (rows.mT @ rows).tril(), 1e-12)
 
 
 def test_shifts(monkeypatch):
@@ -1755,56 +1444,10 @@ def test_overflow_names_the_side():
 
 # ---- K-FAC ----
 
-@pytest.mark.parametrize("inverse, kl_clip, ν, want", (
-    ("factored", None, 1.0, FACTORED := [[0.483726437437, 0.065962266819, 0.226157692278],
-                                         [0.177471032429, -0.326671173036, -0.017275606969]]),
-    ("factored", 1e-3, 0.239883399595, FACTORED),
-    ("eigen", None, 1.0, [[0.593960360961, 0.064606214701, 0.273013358898],
-                          [0.216743429965, -0.354292145135, -0.008336285768]])))
-def test_kfac_golden(inverse, kl_clip, ν, want):
-    """Two rows, N = 2, λ = 0.01, by hand: both inverses, the KL clip."""
-    step, *_ = two_rows(KFAC, lr=0.1, damping=0.01, inverse=inverse, kl_clip=kl_clip)
-    close(step / 0.1 / ν, want, 1e-11)
-
-
-@pytest.mark.parametrize("inverse", ("factored", "eigen"))
-@pytest.mark.parametrize("options", (
-    dict(tcov=2, tinv=3), dict(tcov=1, tinv=1, stat_decay=0.0), dict(tcov=5, tinv=50),
-    dict(tcov=3, tinv=2, kl_clip=1.0), dict(tcov=4, tinv=2, damping=3.0)), ids=str)
-def test_kfac_plain(inverse, options):
-    """Twelve steps of the class against `plain`: two convolutions and a linear layer, N = 4."""
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 2, stride=2,
-                        bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(24, 5)).double()
-    layers, data = [net[0], net[2], net[5]], [(x[:4, :2, :, :4], y[:4]) for x, y in make_data(12)]
-    options = dict(lr=0.2, momentum=0.9, weight_decay=0.01, damping=0.05, stat_decay=0.9,
-                   kl_clip=1e-5, inverse=inverse) | options
-
-    def step(x, y):
-        def at(weights):
-            model = copy.deepcopy(net)
-            for layer, W in zip((model[0], model[2], model[5]), weights):
-                layer.weight.data = W[:, :layer.weight[0].numel()].reshape(layer.weight.shape)
-                if layer.bias is not None:
-                    layer.bias.data = W[:, -1]
-            uses, _ = watch(model)
-            loss_of(model, x, y).backward()
-            rows = []
-            for layer in (model[0], model[2], model[5]):
-                (a, g), = uses[layer.weight]
-                a, g = a.flatten(0, 2), g.flatten(0, 2)
-                rows.append((a if layer.bias is None else F.pad(a, (0, 1), value=1.0), g))
-            return len(x), rows
-        return at
-    start = [whole(*layer.parameters()).detach().clone() for layer in layers]
-    want = kfac.plain(start, [step(x, y) for x, y in data], **options)
-    usual(net, KFAC(net, **options), data)
-    for layer, W in zip(layers, want):
-        close(whole(*layer.parameters()), W, 1e-11)
-
-
 def test_kfac_pi():
     """(3) π is where the cross terms' trace norm is least; 1 where a trace is 0; no overflow."""
     A, P = (M @ M.mT for M in (randn(1, 6, 4), randn(1, 3, 2)))
+
     def cross(s):
         return (1 / s * A[0].trace() * len(P[0]) + s * P[0].trace() * len(A[0])).item()
 
@@ -1813,6 +1456,7 @@ def test_kfac_pi():
     assert cross(π(A, P)[0]) < min(cross(π(A, P)[0] * 1.001), cross(π(A, P)[0] / 1.001))
     close(kfac.dampings(kfac.pack(A), kfac.pack(P), 0.04)[1], 0.2 / π(A, P), 1e-14)
     close(π(0 * A, P), [1.0], 0)
+    close(π(A, 0 * P), [1.0], 0)
     close(π(torch.eye(3)[None] * 1e30, torch.eye(3)[None] * 1e-30), [1e30], 1e-5)
 
 
@@ -1878,24 +1522,8 @@ def test_kfac_linear_network(sharing, terms, kind, exact):
             assert (step - want.view_as(V)).norm() > 0.05 * want.norm()
 
 
-@pytest.mark.parametrize("sharing", ("expand", "reduce"))
-def test_kfac_scaling(sharing):
-    """(7), (8): factors do not depend on batch size, micro-batches, the GradScaler's scale."""
-    (x, y), = make_data(1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 60)
-
-    def factors(batches, **options):
-        net = make_net()
-        optimizer = KFAC(net, lr=0.0, tcov=1, weight_sharing=sharing, **options)
-        for part, labels in batches:
-            loss = loss_of(net, part, labels) / len(batches)
-            (scaler.scale(loss) if options else loss).backward()
-        scaler.step(optimizer) if options else optimizer.step()
-        return {k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k}
-    want = factors([(x, y)])
-    close(factors([(x.repeat(3, 1, 1, 1), y.repeat(3))]), want, 1e-12)
-    close(factors([*zip(x.split(1), y.split(1))]), want, 1e-12)
-    close(factors([(x, y)], grad_scaler=scaler), want, 1e-14)
+def factors(net, optimizer):
+    return {k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k}
 
 
 def kfac_factors(monkeypatch, labels, drawn, fisher="sampled", parts=1, joined=False, **options):
@@ -1918,9 +1546,9 @@ def kfac_factors(monkeypatch, labels, drawn, fisher="sampled", parts=1, joined=F
             optimizer.sample_fisher(logits)               # its labels are drawn already
             assert all(p.grad is before[name] for name, p in net.named_parameters())
         (F.cross_entropy(logits, label) / len(batches)).backward()
-    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    grads = {name: grad.clone() for name, grad in gradients(net).items()}
     optimizer.step()
-    return gradients, {k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k}
+    return grads, factors(net, optimizer)
 
 
 @pytest.mark.parametrize("options", (
@@ -1933,9 +1561,9 @@ def test_kfac_sampled(sharing, options, monkeypatch):
     run = functools.partial(kfac_factors, monkeypatch, weight_sharing=sharing)
     _, want = run(forced, forced, fisher="empirical")
     plain, _ = run(y, forced, fisher="empirical")
-    gradients, got = run(y, forced, **options)
+    grads, got = run(y, forced, **options)
     close(got, want, 1e-12)
-    close(gradients, plain, 1e-12)
+    close(grads, plain, 1e-12)
 
 
 def test_kfac_fisher():
@@ -1962,9 +1590,13 @@ def test_kfac_fisher():
 
 
 def test_kfac_sampled_refuses():
-    """A backward pass without sample_fisher() costs its own step only, and nan logits no crash."""
-    net = nn.Sequential(nn.Linear(4, 3)).double()
+    """A backward pass without sample_fisher() costs its own step only, and nan logits no crash;
+    logits without a dimension of classes, or with it elsewhere, are refused with the remedy."""
+    net = nn.Sequential(nn.Linear(4, 6)).double()
     optimizer, x = KFAC(net, lr=0.1, tcov=1, fisher="sampled"), randn(5, 4)
+    for logits in (net(x)[:, :1], net(x)[:, 0], randn(2, 3, 5, 5)):
+        raises(ValueError, ["(N, classes)", str(tuple(logits.shape)), "movedim", "stack"],
+               lambda: optimizer.sample_fisher(logits))
     net(x).square().sum().backward()
     raises(RuntimeError, ["sample_fisher", "before each"], optimizer.step)
     for factor in (1.0, 1.0, math.nan):
@@ -1981,7 +1613,7 @@ def test_kfac_sampled_refuses():
 # What calls a model, how, and how many terms the loss then has: B = 4 samples, S = 3 tokens.
 
 class Returns(nn.Module):
-    """A linear layer on the first argument of floats; `shape` makes its output what it returns."""
+    """A layer on the first argument of floats; `shape` makes its output what it returns."""
 
     def __init__(self, shape=lambda y: y, module=None):
         super().__init__()
@@ -1994,22 +1626,25 @@ class Returns(nn.Module):
 
 
 class Parts(nn.Module):
-    """Parts that a training loop calls, none of them the whole."""
+    """Parts that a training loop calls, none of them the whole; of images, they halve the size."""
 
-    def __init__(self):
+    def __init__(self, halved=False):
         super().__init__()
-        self.encoder, self.decoder = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 5), nn.Tanh())
-        self.layer = self.decoder[0]
+        if halved:
+            self.encoder, self.layer = nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(4, 2, 1)
+        else:
+            self.encoder, self.layer = nn.Linear(6, 6), nn.Linear(6, 5)
 
 
 class Language(nn.Module):
-    """Token ids to logits, by an embedding."""
+    """Token ids to logits, by an embedding; or a number, without any tensor, to logits."""
 
-    def __init__(self, shape):
+    def __init__(self, shape=lambda y: y):
         super().__init__()
         self.embedding, self.layer, self.shape = nn.Embedding(7, 6), nn.Linear(6, 7), shape
 
     def forward(self, ids, mask=None):
+        ids = torch.zeros(ids, 3).long() if isinstance(ids, int) else ids
         return self.shape(self.layer(self.embedding(ids)))
 
 
@@ -2031,37 +1666,38 @@ class Encoder(nn.Module):
         return self.layer(x.mean(1))
 
 
+def mean_loss(*ys):
+    sum(y.square().mean() for y in ys).backward()
+
+
 def one(*shape):
     """One call, one backward pass."""
-    return lambda net: net(randn(*shape)).square().mean().backward()
+    return lambda net: mean_loss(net(randn(*shape)))
 
 
 def tokens(net):
-    net(torch.randint(7, (4, 3))).square().mean().backward()
+    mean_loss(net(torch.randint(7, (4, 3))))
 
 
-def parts(net):
-    net.decoder(net.encoder(randn(4, 6)).relu()).square().mean().backward()
-
-
-def parts_in_turn(net):
-    """Two micro-batches, whose parts take turns."""
-    hidden = [net.encoder(randn(n, 6)).relu() for n in (4, 2)]
-    losses = [net.decoder(h).square().mean() for h in hidden]
-    for loss, n in zip(losses, (4, 2)):
-        (loss * n / 6).backward()
+def parts_in_turn(*sizes):
+    """Micro-batches, whose parts take turns."""
+    def passes(net):
+        hidden = [net.encoder(randn(n, 6)).relu() for n in sizes]
+        for loss, n in zip([net.layer(h).square().mean() for h in hidden], sizes):
+            (loss * n / sum(sizes)).backward()
+    return passes
 
 
 def towers(net):
     """Two parts side by side."""
-    (net.encoder(randn(4, 6))[:, :5] * net.decoder(randn(4, 6))).sum(1).mean().backward()
+    (net.encoder(randn(4, 6))[:, :5] * net.layer(randn(4, 6))).sum(1).mean().backward()
 
 
 def twice(net):
     """Two losses of one forward pass."""
     y = net(randn(4, 6))
     y.mean().backward(retain_graph=True)
-    y.square().mean().backward()
+    mean_loss(y)
 
 
 def micro_batches(net):
@@ -2069,45 +1705,43 @@ def micro_batches(net):
         (net(randn(n, 6)).square().mean() * n / 6).backward()
 
 
+def no_grad_pass(net):
+    with torch.no_grad():
+        net(randn(9, 6))
+
+
 def with_a_test(net):
     """Batches of a test before, between and after, in train mode too."""
-    with torch.no_grad():
-        net(randn(9, 6))
+    no_grad_pass(net)
     y = net(randn(4, 6))
-    with torch.no_grad():
-        net(randn(9, 6))
+    no_grad_pass(net)
     net(randn(8, 6))
-    y.square().mean().backward()
+    mean_loss(y)
 
 
 def run_again(net):
     """The whole model under reentrant checkpointing, and a test before it is run again."""
     y = checkpoint(net, randn(4, 6).requires_grad_(), use_reentrant=True)
-    with torch.no_grad():
-        net(randn(9, 6))
-    y.square().mean().backward()
+    no_grad_pass(net)
+    mean_loss(y)
+
+
+def perturbed(net):
+    """The second call's input has a graph, but not of this model."""
+    x, noise = randn(4, 6), torch.zeros(4, 6).double().requires_grad_()
+    mean_loss(net(x), net(x + noise))
 
 
 def conv(shape=lambda y: y, out=2):
     return Returns(shape, nn.Conv2d(3, out, 3, padding=1))
 
 
-class Halved(nn.Module):
-    """Parts that leave an image's size behind, which a loss may restore."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.layer = nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(4, 2, 1)
+def returns(shape):
+    return lambda: Returns(shape)
 
 
-def two_calls(net):
-    (net(randn(4, 6)).mean() + net(randn(4, 6)).mean()).backward()
-
-
-def perturbed(net):
-    """The second call's input has a graph, but not of this model."""
-    x, noise = randn(4, 6), torch.zeros(4, 6).double().requires_grad_()
-    (net(x).mean() + net(x + noise).mean()).backward()
+def speaks(shape):
+    return lambda: Language(shape)
 
 
 def counted(net, passes, loss_terms):
@@ -2129,24 +1763,22 @@ def counted(net, passes, loss_terms):
     ("samples", Returns, one(4, 6), 4), ("samples", Returns, one(4, 3, 6), 4),
     ("samples", conv, one(4, 3, 5, 6), 4), ("samples", Returns, micro_batches, 6),
     ("samples", Returns, with_a_test, 4), ("samples", Returns, run_again, 4),
-    ("samples", Returns, lambda net: net(torch.ones(3).long(), x=randn(4, 6)).sum().backward(), 4),
-    ("samples", lambda: Returns(lambda y: dict(loss=y.sum(), logits=y)),
+    ("samples", Returns, lambda net: mean_loss(net(torch.ones(3).long(), x=randn(4, 6))), 4),
+    ("samples", returns(lambda y: dict(loss=y.sum(), logits=y)),
      lambda net: net(randn(4, 6))["loss"].backward(), 4),
-    ("samples", lambda: Returns(lambda y: y.mean()), one(4, 6), 4),
-    ("samples", Parts, parts, 4), ("samples", Parts, parts_in_turn, 6),
+    ("samples", returns(lambda y: y.mean()), one(4, 6), 4),
+    ("samples", Parts, parts_in_turn(4), 4), ("samples", Parts, parts_in_turn(4, 2), 6),
     ("samples", Parts, towers, 4), ("samples", Returns, twice, 4),
     ("samples", lambda: Encoder("positions"), one(4, 3, 6), 4),
     ("tokens", Returns, one(4, 3, 6), 12), ("tokens", Returns, micro_batches, 6),
-    ("tokens", lambda: Language(lambda y: y), tokens, 12),
-    ("tokens", lambda: Language(lambda y: y.flatten(0, 1)), tokens, 12),
-    ("tokens", lambda: Language(lambda y: y.mT), tokens, 12),
-    ("tokens", lambda: Language(lambda y: y[..., 0]), tokens, 12),
-    ("tokens", lambda: Language(lambda y: y.mean()), tokens, 12),
-    ("tokens", lambda: Returns(lambda y: y.transpose(0, 1)), one(3, 4, 6), 12),
+    ("tokens", Language, tokens, 12), ("tokens", speaks(lambda y: y.flatten(0, 1)), tokens, 12),
+    ("tokens", speaks(lambda y: y.mT), tokens, 12), ("tokens", speaks(torch.mean), tokens, 12),
+    ("tokens", speaks(lambda y: y[..., 0]), tokens, 12),
+    ("tokens", returns(lambda y: y.transpose(0, 1)), one(3, 4, 6), 12),
     ("tokens", conv, one(4, 3, 5, 6), 120), ("tokens", conv, one(4, 3, 3, 3), 36),
     ("tokens", lambda: conv(out=3), one(4, 3, 5, 6), 120),
     ("tokens", lambda: conv(lambda y: y[:, 0]), one(4, 3, 5, 6), 120),
-    (7, Returns, one(6), 7), (7, Returns, micro_batches, 7), (0.5, Returns, two_calls, 0.5),
+    (7, Returns, one(6), 7), (7, Returns, micro_batches, 7), (0.5, Returns, perturbed, 0.5),
     (torch.tensor(9), Returns, one(4, 6), 9)))
 def test_kfac_terms(loss_terms, build, passes, want):
     """How many terms the loss has, for models that are called as a whole and by their parts."""
@@ -2156,15 +1788,18 @@ def test_kfac_terms(loss_terms, build, passes, want):
 @pytest.mark.parametrize("loss_terms, build, passes, why", (
     ("samples", Returns, one(6), "single sample"), ("tokens", Returns, one(6), "single sample"),
     ("samples", conv, one(3, 5, 6), "single sample"), ("tokens", conv, one(3, 5, 6), "single"),
-    ("samples", lambda: Returns(lambda y: y.mean(0)), one(3, 4, 6), "(3, 4, 6) went in"),
-    ("samples", lambda: Returns(lambda y: y.flatten(0, 1)), one(4, 3, 6), "in common"),
+    ("samples", returns(lambda y: y.mean(0)), one(3, 4, 6), "(3, 4, 6) went in"),
+    ("samples", returns(lambda y: y.flatten(0, 1)), one(4, 3, 6), "in common"),
     ("samples", lambda: Encoder(None), one(3, 4, 6), "batch_first"),
-    ("samples", Returns, two_calls, "several calls"), ("samples", Returns, perturbed, "several"),
-    ("samples", Parts, lambda net: (net.encoder(randn(4, 6)).mean() + net.decoder(
-        randn(3, 6)).mean()).backward(), "[3, 4]"),
-    ("tokens", Halved, lambda net: net.layer(net.encoder(randn(4, 3, 6, 8))).mean().backward(),
-     "tokens in common"),
-    ("tokens", lambda: Returns(lambda y: y.mean(1)), one(4, 3, 6), "tokens in common"),
+    ("samples", Returns, lambda net: mean_loss(net(randn(4, 6)), net(randn(4, 6))),
+     "several calls"),
+    ("samples", Returns, perturbed, "several"),
+    ("samples", Parts, lambda net: mean_loss(net.encoder(randn(4, 6)), net.layer(randn(3, 6))),
+     "[3, 4]"),
+    ("samples", Language, lambda net: mean_loss(net(4)), "no tensor"),
+    ("tokens", lambda: Parts(halved=True),
+     lambda net: mean_loss(net.layer(net.encoder(randn(4, 3, 6, 8)))), "tokens in common"),
+    ("tokens", returns(lambda y: y.mean(1)), one(4, 3, 6), "tokens in common"),
     ("tokens", lambda: conv(lambda y: y[..., ::2, ::2]), one(4, 3, 5, 6), "tokens in common")))
 def test_kfac_terms_that_contradict(loss_terms, build, passes, why):
     """Nothing is guessed: the reason and what to do, and that it helps."""
@@ -2173,21 +1808,8 @@ def test_kfac_terms_that_contradict(loss_terms, build, passes, why):
     close(counted(build(), passes, 3), 3, 1e-12)
 
 
-class Constant(nn.Module):
-    """Takes no tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(6, 5)
-
-    def forward(self, n):
-        return self.layer(torch.ones(n, 6).double())
-
-
 def test_kfac_terms_said():
-    """A number for each step, of targets that are not ignored; no tensors; what is refused."""
-    raises(RuntimeError, ["no tensor"], lambda: counted(
-        Constant(), lambda net: net(4).sum().backward(), "samples"))
+    """A number for each step, of targets that are not ignored; what is refused."""
     for value in ("rows", -1, math.inf, math.nan):
         raises(ValueError, ["loss_terms", str(value)], lambda: KFAC(make_net(), loss_terms=value))
     y = torch.tensor([[1, -100, 2], [3, -100, -100], [0, 1, 2], [-100, -100, 4]])
@@ -2209,60 +1831,6 @@ def test_kfac_terms_said():
     raises(ValueError, ["loss_terms", "'all'"], optimizer.step)
 
 
-class KFACOfProjections(KFAC):
-    kinds = KFAC.kinds | dict(projection="Kronecker factors")
-
-
-@pytest.mark.parametrize("sharing", ("expand", "reduce"))
-@pytest.mark.parametrize("own", (False, True))
-@pytest.mark.parametrize("options", (dict(), dict(batch_first=True), dict(bias=False),
-                                     dict(kdim=4, vdim=5)), ids=str)
-def test_kfac_attention(options, own, sharing):
-    """nn.MultiheadAttention where it is asked for: q, k, v by their own inputs, and out_proj."""
-    module = nn.MultiheadAttention(6, 2, **options).double()
-    if own and "kdim" in options:
-        return
-    sizes = ((3, 6), (5, options.get("kdim", 6)), (5, options.get("vdim", 6)))
-    given = [randn(4, n, d) for n, d in sizes]                             # (B, S, d)
-    if own:
-        given = given[:1] * 3
-    method = "kfac" if sharing == "expand" else "kfac, reduce"
-    optimizer = factory(KFACOfProjections, **EXACT)(module, weight_sharing=sharing, loss_terms=4)
-    before = parameters(module)
-    with pytest.warns(UserWarning, match="no weight"):
-        assert not METHODS[method](module).layers
-    weights = [module.in_proj_weight[i:i + 6] for i in (0, 6, 12)] if "kdim" not in options else [
-        module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
-    biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    made = [F.linear(x, W, b) for x, W, b in zip(given, weights, biases)]
-    heads = [y.unflatten(2, (2, 3)).transpose(1, 2) for y in made]
-    met = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    out = module.out_proj(met)
-    c = randn(*out.shape)
-    grads = torch.autograd.grad((out * c).sum(), [*made, out])
-    turn = (lambda x: x) if "batch_first" in options else (lambda x: x.transpose(0, 1))
-    (turn(module(*map(turn, given), need_weights=own)[0]) * c).sum().backward()
-    optimizer.step()
-    raw = dict(module.named_parameters())
-
-    def check(a, g, rows, weight, bias):
-        """rows of a weight and bias: their change against formula() of one block."""
-        a, G = a.detach()[None], [raw[weight].grad[rows]]
-        change = [before[weight][rows] - raw[weight][rows]]
-        if bias in raw:
-            a = F.pad(a, (0, 1), value=1.0)
-            at = rows if weight != f"{'qkv'[i % 3]}_proj_weight" else slice(6 * i, 6 * i + 6)
-            G.append(raw[bias].grad[at, None])
-            change.append((before[bias] - raw[bias])[at, None])
-        G, change = torch.cat(G, 1)[None], torch.cat(change, 1)[None]
-        close(change, formula(method, G, [(a, g[None])], dict(samples=4), 0.3), 1e-10)
-    for i in range(3):
-        name = "in_proj_weight" if "kdim" not in options else f"{'qkv'[i]}_proj_weight"
-        rows = slice(6 * i, 6 * i + 6) if "kdim" not in options else slice(None)
-        check(given[i], grads[i], rows, name, "in_proj_bias")
-    check(met, grads[3], slice(None), "out_proj.weight", "out_proj.bias")
-
-
 def test_kfac_positions_first():
     """'reduce' knows the samples of modules that take positions first in a model that does not."""
     x, y, states = randn(4, 3, 6), torch.arange(4), []
@@ -2272,7 +1840,7 @@ def test_kfac_positions_first():
         optimizer = KFAC(net, lr=0.0, weight_sharing="reduce")
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
-        states.append({k: v for k, v in snapshot(net, optimizer).items() if "covariance" in k})
+        states.append(factors(net, optimizer))
     assert len(states[0]) == 6
     close(*states, 1e-12)
 
@@ -2280,7 +1848,7 @@ def test_kfac_positions_first():
 @pytest.mark.parametrize("fused", (False, True))
 def test_kfac_finds_the_scale(fused):
     """With a GradScaler that it was not told of steps equal unscaled ones, skipped ones or not."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16, growth_interval=3)
+    scaler = torch.amp.GradScaler(device_type(), init_scale=2.0 ** 16, growth_interval=3)
     data = make_data(9)
 
     def scaled(model, optimizer, data):
@@ -2329,21 +1897,12 @@ def test_kfac_fails_on_all_ranks():
         assert factors.startswith("FloatingPointError") and "raise damping" in factors
 
 
-def test_kfac_sampled_shapes():
-    """Logits without a dimension of classes, or with it elsewhere, are refused with the remedy."""
-    net = nn.Sequential(nn.Linear(4, 6)).double()
-    optimizer = KFAC(net, fisher="sampled")
-    for logits in (net(randn(5, 4))[:, :1], net(randn(5, 4))[:, 0], randn(2, 3, 5, 5)):
-        raises(ValueError, ["(N, classes)", str(tuple(logits.shape)), "movedim", "stack"],
-               lambda: optimizer.sample_fisher(logits))
-
-
 def test_kfac_clip():
     """(5) over all layers, with the current lr of each group; plain parameters are not scaled."""
     net = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
     x, y, steps = randn(6, 4), torch.randint(3, (6,)), {}
-    lrs = {"0.weight": 0.15, "0.bias": 0.15, "1.weight": 0.2, "1.bias": 0.2, "2.weight": 0.05,
-           "2.bias": 0.05}
+    lrs = {f"{i}.{name}": lr for i, lr in enumerate((0.15, 0.2, 0.05)) for name in ("weight",
+                                                                                  "bias")}
     for kl_clip in (None, 1e-3, 1e9):
         model = copy.deepcopy(net)
         optimizer = KFAC(model, params=[dict(params=list(m.parameters()), lr=lr) for m, lr in
@@ -2354,7 +1913,7 @@ def test_kfac_clip():
         optimizer.step()
         steps[kl_clip] = {name: (net.get_parameter(name) - p) / lrs[name]
                           for name, p in model.named_parameters()}
-    raw = {name: p.grad for name, p in model.named_parameters()}
+    raw = gradients(model)
     total = sum(lr ** 2 * (steps[None][name] * raw[name]).sum() for name, lr in lrs.items()
                 if name[0] != "1")
     ν = (1e-3 / total.item()) ** 0.5
@@ -2380,12 +1939,12 @@ def test_kfac_shares():
 
 def dead_features(seed):
     """A float32 covariance of 51 inputs, few of them ever non-zero, on which LAPACK may give up."""
-    generator = torch.Generator().manual_seed(seed)
-    live = torch.randperm(50, generator=generator)[:7 + seed % 8]
-    X = torch.rand(len(live), 3 * len(live), generator=generator)
-    A = torch.zeros(51, 51)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    live = torch.randperm(50, generator=generator, device="cpu")[:7 + seed % 8]
+    X = torch.rand(len(live), 3 * len(live), generator=generator, device="cpu")
+    A = torch.zeros(51, 51, device="cpu")
     A[live[:, None], live] = X @ X.mT / X.shape[1]
-    return A
+    return A.to(torch.get_default_device())
 
 
 def test_dead_features():
@@ -2418,6 +1977,16 @@ def rebuilt(U, eigenvalues):
     return U * eigenvalues.unsqueeze(-2) @ U.mT
 
 
+def drawn(*arguments):
+    """S, on the device of the tests."""
+    return nysact.draw_sketch(*arguments).to(torch.get_default_device())
+
+
+def approximated(A, S):
+    """Â of (5)."""
+    return rebuilt(*nysact.nystrom(A @ S, S)[:2])
+
+
 kinds = pytest.mark.parametrize("kind", ("gaussian", "subcolumns"))
 
 
@@ -2425,9 +1994,9 @@ kinds = pytest.mark.parametrize("kind", ("gaussian", "subcolumns"))
 @pytest.mark.parametrize("d, r", ((12, 1), (40, 5), (40, 39), (150, 10)))
 def test_nysact_nystrom(d, r, kind):
     """(5) against (4); Â S = A S; 0 ⪯ Â ⪯ A."""
-    A, S = torch.stack([second_moment(activations(4 * d, d)) for _ in range(3)]), \
-        nysact.draw_sketch(3, d, r, kind, 3)
-    Y, eigenvalues = A @ S, torch.linalg.eigvalsh
+    A = torch.stack([second_moment(activations(4 * d, d)) for _ in range(3)])
+    S, eigenvalues = drawn(3, d, r, kind, 3), torch.linalg.eigvalsh
+    Y = A @ S
     U, λ, failed = nysact.nystrom(Y, S)
     assert not failed.any() and U.shape == (3, d, r) and λ.shape == (3, r)
     close(rebuilt(U, λ), Y @ torch.linalg.solve(S.mT @ Y, Y.mT), 1e-9)
@@ -2446,81 +2015,17 @@ def outlier(d, κ, τ, S):
 @kinds
 def test_nysact_rank(kind):
     """Â = A of rank ≤ r; Â depends on range(S) only; what it sees of one outlier."""
-    S = nysact.draw_sketch(1, 60, 10, kind, 3)
+    S = drawn(1, 60, 10, kind, 3)
     for rank in (1, 3, 10):
         A = second_moment(activations(50, 60, rank))
-        close(rebuilt(*nysact.nystrom(A @ S, S)[:2])[0], A, 1e-9)
+        close(approximated(A, S)[0], A, 1e-9)
     zero = nysact.nystrom(torch.zeros_like(S), S)[1]          # ν, 1e-154 here, was taken off again
     assert zero.max() < 1e-160
-    A, S = second_moment(activations(99, 30)), nysact.draw_sketch(1, 30, 6, kind, 0)
+    A, S = second_moment(activations(99, 30)), drawn(1, 30, 6, kind, 0)
     M = torch.linalg.qr(randn(6, 6))[0]
-    close(rebuilt(*nysact.nystrom(A @ S @ M, S @ M)[:2]),
-          rebuilt(*nysact.nystrom(A @ S, S)[:2]), 1e-11)
+    close(approximated(A, S @ M), approximated(A, S), 1e-11)
     A, v, c = outlier(30, 7.0, 0.2, S)
-    close(v.T @ rebuilt(*nysact.nystrom(A @ S, S)[:2])[0] @ v,
-          (7.2 ** 2 * c / (7.0 * c + 0.2)).view(1, 1), 1e-12)
-
-
-def test_nysact_multiplier():
-    """(6) at rank one is MAC's (3) over ρ; and Woodbury's form, without an SVD."""
-    x, G = randn(1, 9), randn(5, 9)
-    close(0.3 * preconditioned(METHODS["nysact"], x, G, rank=1),
-          preconditioned(METHODS["mac"], x, G), 1e-12)
-    X, layer, ρ = activations(99, 15), nn.Linear(15, 6, bias=False).double(), 0.3
-    S = sketch_of(METHODS["nysact"](layer), layer.weight)[0]
-    G, Y = randn(6, 15), second_moment(X) @ S
-    inner = torch.linalg.solve(ρ * S.mT @ Y + Y.mT @ Y, Y.mT)
-    close(preconditioned(METHODS["nysact"], X, G), (G - G @ Y @ inner) / ρ, 1e-9)
-
-
-@kinds
-@pytest.mark.parametrize("rank", (4, 1000))
-@pytest.mark.parametrize("layer, shape", (
-    (nn.Linear(6, 5), (7, 3, 6)), (nn.Linear(6, 5, bias=False), (7, 6)),
-    (nn.Conv2d(2, 3, (2, 3), padding="same"), (4, 2, 5, 4)),
-    (nn.Conv2d(2, 3, 3, 2, padding=1, bias=False), (4, 2, 5, 4))), ids=str)
-def test_nysact_plain(layer, shape, rank, kind):
-    """Twelve steps of the class against `plain`."""
-    layer, data = copy.deepcopy(layer).double(), [randn(*shape) + 0.5 for _ in range(12)]
-    options = dict(lr=0.2, momentum=0.9, weight_decay=0.01, damping=0.5, stat_decay=0.9, tcov=2,
-                   tinv=3)
-
-    def as_matrix():
-        bias = () if layer.bias is None else (layer.bias[:, None],)
-        return torch.cat([layer.weight.flatten(1), *bias], 1).detach().clone()
-
-    def step(x):
-        X = F.pad(input_rows(x, layer).flatten(0, 2), (0, int(layer.bias is not None)), value=1.0)
-
-        def at(W):
-            W.requires_grad_()
-            return X, torch.autograd.grad((X @ W.mT).tanh().square().mean(), W)[0]
-        return at
-    optimizer = NysAct(layer, rank=rank, sketch=kind, **options)
-    W = as_matrix()
-    S = torch.eye(W.shape[1]).double()
-    if rank < len(S):
-        S = sketch_of(optimizer, layer.weight)[0]
-    W = nysact.plain(W, S, [step(x) for x in data], **options)
-    for x in data:
-        optimizer.zero_grad()
-        layer(x).tanh().square().mean().backward()
-        optimizer.step()
-    close(as_matrix(), W, 1e-9)
-
-
-def test_nysact_exact_layers():
-    """(7) With d ≤ r every layer is FOOF's, through a whole run; the first above r is not."""
-    runs = [trained(factory(Optimizer, lr=0.1, weight_decay=1e-2, tcov=2, tinv=3, rank=1000))
-            for Optimizer in (NysAct, FOOF)]
-    names = parameters(make_net())
-    close(*({name: run[name] for name in names} for run in runs), 1e-11)
-    for rank in (9, 10, 11):
-        layer = nn.Linear(9, 4).double()
-        optimizer = NysAct(layer, rank=rank)
-        layer(randn(5, 9)).sum().backward()
-        optimizer.step()
-        assert ("covariance" in optimizer.state[layer.weight]) == (rank >= 10)
+    close(v.T @ approximated(A, S)[0] @ v, (7.2 ** 2 * c / (7.0 * c + 0.2)).view(1, 1), 1e-12)
 
 
 def released(A, S, damping):
@@ -2540,7 +2045,7 @@ def test_nysact_released(d, r, κ, seen, by_theirs):
     """The shares of an outlier that (5) and the released arithmetic see."""
     shares = []
     for seed in range(25):
-        S = nysact.draw_sketch(1, d, r, "gaussian", seed)
+        S = drawn(1, d, r, "gaussian", seed)
         A, *_ = outlier(d, κ, 0.01, S)
         shares.append([λ.max() / κ for λ in (nysact.nystrom(A @ S, S)[1], released(A, S, 1.0)[1])])
     for share, (least, most) in zip(torch.tensor(shares).median(0).values, (seen, by_theirs)):
@@ -2560,7 +2065,7 @@ def test_nysact_condition_number(r, target, kind):
     def condition(U, λ):
         values = eigenvalues(R.mT @ torch.linalg.solve(rebuilt(U, λ)[0] + ρ * torch.eye(d), R))
         return values[-1] / values[0], values[0]
-    draws = [nysact.draw_sketch(1, d, r, kind, seed) for seed in range(9)]
+    draws = [drawn(1, d, r, kind, seed) for seed in range(9)]
     ours = [condition(*nysact.nystrom(A @ S, S)[:2]) for S in draws]
     theirs = torch.stack([condition(*released(A, S, ρ))[0] for S in draws]).median()
     ours, smallest = (torch.stack(x) for x in zip(*ours))
@@ -2569,30 +2074,16 @@ def test_nysact_condition_number(r, target, kind):
     close(smallest.clamp(max=1.0), torch.ones(9), 1e-12)
 
 
-def test_nysact_stationary_input():
-    """(3) The average does not drift: the same batch for 40 steps leaves Y = A S."""
-    X, layer = activations(64, 30), nn.Linear(30, 4, bias=False).double()
-    optimizer = NysAct(layer, lr=0.1, tcov=1, tinv=1, rank=6)
-    S = sketch_of(optimizer, layer.weight)
-    for step in range(40):
-        optimizer.zero_grad()
-        layer(X).square().mean().backward()
-        optimizer.step()
-    state = optimizer.state[layer.weight]
-    close(state["sketched"], second_moment(X) @ S, 1e-13)
-    close(rebuilt(state["U"], state["eigenvalues"]),
-          rebuilt(*nysact.nystrom(second_moment(X) @ S, S)[:2]), 1e-11)
-
-
 @kinds
 def test_nysact_sketches(kind):
-    """S: orthonormal; drawn from seed and place alone, its own for each layer and block."""
-    S = nysact.draw_sketch(3, 20, 6, kind, 3)
+    """S: orthonormal; drawn from seed and place alone, its own for each layer and block; none in
+    layers with d ≤ r."""
+    S = drawn(3, 20, 6, kind, 3)
     close(S.mT @ S, torch.eye(6).expand(3, 6, 6), 1e-14)
     assert not torch.equal(S[0], S[1])
     assert kind == "gaussian" or ((S == 0) | (S == 1)).all()
 
-    def drawn(seed=0, noise=0, later=()):
+    def sketches(seed=0, noise=0, later=()):
         net = make_net(seed=noise)
         groups = [{"params": list(part.parameters())} for part in net.children()][::-1]
         optimizer = NysAct(net, params=[group for i, group in enumerate(groups) if i not in later],
@@ -2602,11 +2093,17 @@ def test_nysact_sketches(kind):
         torch.rand(noise)                            # the global generator plays no part
         return {name: sketch_of(optimizer, p) for name, p in net.named_parameters()
                 if p in optimizer.layers}
-    first, second = drawn(), drawn(1)
-    close(drawn(noise=7), first, 0)
-    close(drawn(later=(2, 1)), first, 0)
+    first, second = sketches(), sketches(1)
+    close(sketches(noise=7), first, 0)
+    close(sketches(later=(2, 1)), first, 0)
     assert all(not torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["head.weight"], first["extra.weight"][:, :9])
+    for rank in (9, 10, 11):
+        layer = nn.Linear(9, 4).double()
+        optimizer = NysAct(layer, rank=rank, sketch=kind)
+        layer(randn(5, 9)).sum().backward()
+        optimizer.step()
+        assert ("covariance" in optimizer.state[layer.weight]) == (rank >= 10)
 
 
 @pytest.mark.parametrize("rank", (4, 1000))
@@ -2616,8 +2113,7 @@ def test_nysact_resumes_the_sketch(rank):
     optimizer = NysAct(net, rank=5, seed=3, sketch="subcolumns", tcov=1, tinv=2)
     usual(net, optimizer, data)
     resumed = NysAct(other, rank=rank, seed=4, tcov=1, tinv=2)
-    other.load_state_dict(net.state_dict())
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copy_of_run(net, optimizer, other, resumed)
     for model, opt in ((net, optimizer), (other, resumed)):
         usual(model, opt, data)
     close(snapshot(other, resumed), snapshot(net, optimizer), 0)
@@ -2628,28 +2124,25 @@ def test_nysact_resumes_the_sketch(rank):
            lambda: usual(other, resumed, data))
 
 
-@pytest.mark.parametrize("name, value", (
-    ("rank", 0), ("rank", 2.5), ("rank", "10"), ("rank", None), ("sketch", "columns"),
-    ("sketch", 1), ("seed", -1), ("seed", 2 ** 32), ("seed", "0"), ("seed", None)))
-def test_nysact_options(name, value):
-    raises(ValueError, [name, repr(value)], lambda: NysAct(nn.Linear(4, 3), **{name: value}))
+def hard_inputs(dtype):
+    """Zero, constant, rank-deficient, huge inputs, and a constant row whose columns' rounding shows
+    in eigenvalues only."""
+    live = torch.arange(40) < 20
+    yield from (torch.zeros(64, 40), torch.full((64, 40), 3.0), torch.rand(64, 1) * torch.rand(40),
+                torch.rand(2, 40), torch.rand(64, 3) @ torch.rand(3, 40) * 1e-12,
+                torch.rand(64, 40) * 1e6, torch.rand(64, 40) * live)
+    yield from (torch.randn(1, 40).expand(3000, 40).contiguous() for _ in range(20))
 
 
 @kinds
+@pytest.mark.parametrize("damping", (1e-8, 1.0))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-@pytest.mark.parametrize("name", ("zero", "constant", "rank 1", "two samples", "rank 3, tiny",
-                                  "large", "one dead half"))
-def test_nysact_hard_inputs(name, dtype, kind):
-    """Zero, constant, rank-deficient, huge inputs, tiny damping: finite, and Â ⪯ A to rounding."""
-    x = {"zero": torch.zeros(64, 40), "constant": torch.full((64, 40), 3.0),
-         "rank 1": torch.rand(64, 1) * torch.rand(40), "two samples": torch.rand(2, 40),
-         "rank 3, tiny": (torch.rand(64, 3) @ torch.rand(3, 40)) * 1e-12,
-         "large": torch.rand(64, 40) * 1e6,
-         "one dead half": torch.rand(64, 40) * (torch.arange(40) < 20)}[name]
-    A = second_moment(F.pad(x.double(), (0, 1), value=1.0))
-    for damping in (1e-8, 1.0):
+def test_nysact_hard_inputs(dtype, damping, kind):
+    """Tiny damping too: finite, and Â ⪯ A to rounding, with A's trace where its rank is one."""
+    for seed, x in enumerate(hard_inputs(dtype)):
+        A = second_moment(with_ones(x.double()))
         net = nn.Linear(40, 5).to(dtype)
-        optimizer = NysAct(net, lr=1e-6, damping=damping, sketch=kind, tcov=1, tinv=1)
+        optimizer = NysAct(net, lr=1e-6, damping=damping, sketch=kind, seed=seed, tcov=1, tinv=1)
         for _ in range(3):
             optimizer.zero_grad()
             y = net(x.to(dtype)) / x.abs().max().clamp(min=1)
@@ -2657,9 +2150,12 @@ def test_nysact_hard_inputs(name, dtype, kind):
             optimizer.step()
         assert all(p.isfinite().all() for p in net.parameters())
         state = optimizer.state[net.weight]
-        excess = torch.linalg.eigvalsh(rebuilt(state["U"].double(),
-                                               state["eigenvalues"].double())[0] - A)[-1]
-        assert excess <= 50 * torch.finfo(dtype).eps * torch.linalg.eigvalsh(A)[-1]
+        λ, largest = state["eigenvalues"].double(), torch.linalg.eigvalsh(A)[-1]
+        excess = torch.linalg.eigvalsh(rebuilt(state["U"].double(), λ)[0] - A)[-1]
+        if seed < 7:
+            assert excess <= 50 * torch.finfo(dtype).eps * largest
+        else:
+            close(λ.max(), A.trace(), 1e-4)
 
 
 def test_nysact_overflow():
@@ -2669,19 +2165,6 @@ def test_nysact_overflow():
     before = parameters(net)
     raises(FloatingPointError, ["layer 0", "scale"], optimizer.step)
     close(parameters(net), before, 0)
-
-
-@kinds
-def test_nysact_constant_rows(kind):
-    """Columns of a covariance of rank one in float32: their rounding shows in eigenvalues only."""
-    for seed in range(20):
-        torch.manual_seed(seed)
-        x = torch.randn(1, 29).expand(3000, 29).contiguous()
-        net = nn.Linear(29, 3)
-        optimizer = NysAct(net, lr=0.0, tcov=1, tinv=1, sketch=kind, seed=seed)
-        net(x).square().mean().backward()
-        optimizer.step()
-        close(optimizer.state[net.weight]["eigenvalues"].max(), 1 + x[0].square().sum(), 1e-4)
 
 
 class Allocations(TorchDispatchMode):
@@ -2700,14 +2183,15 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("layer, shape", (
-    (nn.Conv2d(64, 32, 3, padding=1), (4, 64, 8, 8)),
-    (nn.Conv2d(64, 32, 3, padding="same", padding_mode="circular"), (4, 64, 8, 8)),
-    (nn.Conv2d(64, 64, 5, groups=2), (4, 64, 9, 9)), (nn.Linear(700, 16), (24, 700))))
-def test_nysact_memory(layer, shape):
+@pytest.mark.parametrize("build, shape", (
+    (lambda: nn.Conv2d(64, 32, 3, padding=1), (4, 64, 8, 8)),
+    (lambda: nn.Conv2d(64, 32, 3, padding="same", padding_mode="circular"), (4, 64, 8, 8)),
+    (lambda: nn.Conv2d(64, 64, 5, groups=2), (4, 64, 9, 9)), (lambda: nn.Linear(700, 16),
+                                                              (24, 700))))
+def test_nysact_memory(build, shape):
     """Nothing of the size d×d, nor of a batch's patches, in the passes and the step."""
-    d, x = layer.weight[0].numel(), torch.randn(shape)
-    net = nn.Sequential(copy.deepcopy(layer))
+    layer, x = build(), torch.randn(shape)
+    d, net = layer.weight[0].numel(), nn.Sequential(layer)
     optimizer = NysAct(net, tcov=1, tinv=1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -2730,24 +2214,22 @@ def test_nysact_state_size():
     optimizer = NysAct(net)
     F.cross_entropy(net(torch.randn(4, 3, 32, 32)), torch.zeros(4, dtype=torch.long)).backward()
     optimizer.step()
-    state = sum(x.numel() for state in optimizer.state.values() for key, x in state.items()
-                if torch.is_tensor(x) and key != "momentum_buffer")
-    assert state <= 30 * sum(m.weight[0].numel() + 1 for m in net.modules()
-                             if isinstance(m, (nn.Conv2d, nn.Linear)))
+    assert numbers_of(optimizer) <= 30 * sum(m.weight[0].numel() + 1 for m in net.modules()
+                                             if isinstance(m, (nn.Conv2d, nn.Linear)))
 
 
 # ---- AdaFisher ----
 
-@pytest.mark.parametrize("layer, shape", (
-    (nn.BatchNorm1d(6), (9, 6)), (nn.BatchNorm1d(6), (5, 6, 4)), (nn.BatchNorm2d(6), (4, 6, 3, 2)),
-    (nn.BatchNorm2d(6).eval(), (4, 6, 3, 2)), (nn.BatchNorm3d(6), (3, 6, 2, 2, 2)),
-    (nn.BatchNorm2d(6, eps=0.3), (4, 6, 3, 2)), (nn.LayerNorm(6), (3, 5, 6)),
-    (nn.LayerNorm(6, eps=0.3), (3, 5, 6)), (nn.LayerNorm((2, 3)), (5, 2, 3)),
-    (nn.LayerNorm(6, bias=False), (3, 6)), (nn.GroupNorm(3, 6), (5, 6, 3, 2)),
-    (nn.GroupNorm(3, 6, eps=0.3), (5, 6, 3, 2))), ids=str)
-def test_adafisher_norm_layers(layer, shape):
+@pytest.mark.parametrize("build, shape", (
+    (lambda: nn.BatchNorm1d(6), (9, 6)), (lambda: nn.BatchNorm1d(6), (5, 6, 4)),
+    (lambda: nn.BatchNorm2d(6).eval(), (4, 6, 3, 2)), (lambda: nn.BatchNorm3d(6), (3, 6, 2, 2, 2)),
+    (lambda: nn.BatchNorm2d(6, eps=0.3), (4, 6, 3, 2)), (lambda: nn.LayerNorm(6), (3, 5, 6)),
+    (lambda: nn.LayerNorm(6, eps=0.3), (3, 5, 6)), (lambda: nn.LayerNorm((2, 3)), (5, 2, 3)),
+    (lambda: nn.LayerNorm(6, bias=False), (3, 6)), (lambda: nn.GroupNorm(3, 6), (5, 6, 3, 2)),
+    (lambda: nn.GroupNorm(3, 6, eps=0.3), (5, 6, 3, 2))))
+def test_adafisher_norm_layers(build, shape):
     """(2) F̃_ν and F̃_b against Proposition 3.1's matrices, h from the layer without affine."""
-    layer, x = copy.deepcopy(layer).double(), randn(*shape) * 3 + 1
+    layer, x = build().double(), randn(*shape) * 3 + 1
     nn.init.zeros_(layer.weight)                # z = ν ⊙ h + b says nothing about h at ν = 0
     bare = copy.deepcopy(layer)
     nn.init.ones_(bare.weight)
@@ -2799,70 +2281,10 @@ def test_adafisher_min_max():
     close(net[2].bias, before["2.bias"] - 0.1 / 0.5 * net[2].bias.grad, 1e-15)
 
 
-def test_adafisher_golden():
-    """Numbers worked out by hand for Linear(2, 2), two samples: H, S, F̃, first step; released."""
-    step, G, state = two_rows(AdaFisher, lr=1e-3, damping=1e-3, averaging="printed")
-    close(state["H"][0], [5, 2.5, 1], 1e-15)
-    close(state["S"][0], [0.625, 2.5], 1e-15)
-    close(-step, [[-1.25, -0.75, -0.75], [-0.5e-3 / 1.001, 2.5e-3 / 0.376, 0.5]], 1e-15)
-    close(1e-3 * G / step, [[0.001, 0.001, 0.001], [1.001, 0.376, 0.001]], 1e-12)
-    step, G, state = two_rows(AdaFisher, lr=1e-3, damping=1e-3)
-    close(0.08 + 0.008 * state["H"][0], [0.087999998, 0.08299999925, 0.08], 1e-11)       # (8)
-    close(0.08 + 0.008 * state["S"][0], [0.08, 0.087999982933], 1e-11)
-    close(1e-3 * G / step, [[0.00803999984, 0.00763999994, 0.0074],
-                            [0.008743998322, 0.008303998517, 0.008039998635]], 1e-9)
-
-
-@pytest.mark.parametrize("Optimizer", (AdaFisher, AdaFisherW))
-@pytest.mark.parametrize("averaging", ("printed", "released"))
-@pytest.mark.parametrize("tcov", (1, 3))
-@pytest.mark.parametrize("layer, shape", (
-    (nn.Linear(6, 5), (7, 3, 6)), (nn.Linear(6, 5, bias=False), (7, 6)),
-    (nn.Conv2d(2, 3, (2, 3), padding="same"), (4, 2, 5, 4))), ids=str)
-def test_adafisher_plain(Optimizer, averaging, tcov, layer, shape):
-    """(1) and (3) to (8): twenty steps of both classes, batches of two sizes, against `plain`."""
-    layer = copy.deepcopy(layer).double()
-    data = [randn(*shape)[:2 + i % 2] + 0.5 for i in range(20)]
-    options = dict(tcov=tcov, lr=0.02, damping=0.1, gamma=0.7, beta=0.8, weight_decay=0.1,
-                   averaging=averaging)
-
-    def step(x):
-        X = F.pad(input_rows(x, layer).flatten(0, 2), (0, int(layer.bias is not None)), value=1.0)
-
-        def at(W):
-            outputs = (X @ W.mT).requires_grad_()
-            return X, torch.autograd.grad(outputs.tanh().square().mean(), outputs)[0]
-        return at
-    bias = [] if layer.bias is None else [layer.bias]
-    W = torch.cat([layer.weight.flatten(1), *(b[:, None] for b in bias)], 1).detach().clone()
-    W = adafisher.plain(W, [step(x) for x in data], decoupled=Optimizer is AdaFisherW, **options)
-    optimizer = Optimizer(layer, **options)
-    for x in data:
-        optimizer.zero_grad()
-        layer(x).tanh().square().mean().backward()
-        optimizer.step()
-    close(torch.cat([layer.weight.flatten(1), *(b[:, None] for b in bias)], 1), W, 1e-11)
-
-
-def test_adafisher_decoupled_decay():
-    """AdaFisherW takes α·wd·θ off every parameter beside the step, whatever F̃; by groups."""
-    moved = {}
-    for decay in (0.0, 0.1):
-        net = make_net()
-        start, named = parameters(net), dict(net.named_parameters())
-        groups = [dict(params=[p for p in named.values() if p.dim() > 1], weight_decay=decay),
-                  dict(params=[p for p in named.values() if p.dim() < 2])]
-        optimizer = AdaFisherW(net, params=groups, lr=0.03)
-        usual(net, optimizer, make_data(1))
-        moved[decay] = {name: p.detach() for name, p in named.items() if p.grad is not None}
-    close(moved[0.1], {name: p - 0.03 * 0.1 * start[name] * (p.dim() > 1)
-                       for name, p in moved[0.0].items()}, 1e-13)
-
-
 def test_adafisher_loss_scale():
     """F̃ does not see the loss's scale (S does); with grad_scaler= not even a change of scale."""
     def run(scale_of, with_scaler=False):
-        net, scaler = make_net(), torch.amp.GradScaler("cpu", init_scale=1.0)
+        net, scaler = make_net(), torch.amp.GradScaler(device_type(), init_scale=1.0)
         optimizer = AdaFisher(net, tcov=2, averaging="printed",
                               grad_scaler=scaler if with_scaler else None)
         for i, (x, y) in enumerate(make_data(6)):
@@ -2871,9 +2293,8 @@ def test_adafisher_loss_scale():
             scaler.update(scale)
             optimizer.zero_grad()
             (loss_of(net, x, y) * scale).backward()
-            for p in net.parameters():
-                if p.grad is not None:
-                    p.grad /= scale
+            for grad in gradients(net).values():
+                grad /= scale
             optimizer.step()
         return snapshot(net, optimizer)
 
@@ -2904,7 +2325,7 @@ def test_adafisher_as_released_is_momentum_sgd():
             limits.append((1e-3 + high ** 2) / (1e-3 + low ** 2))
             before = parameters(model)
             optimizer.zero_grad()
-            F.cross_entropy(model(randn(16, 3, 8, 8) + 0.5), torch.randint(10, (16,))).backward()
+            loss_of(model, randn(16, 3, 8, 8) + 0.5, torch.randint(10, (16,))).backward()
             optimizer.step()
             update = torch.cat([(before[n] - p).flatten() for n, p in model.named_parameters()])
             moment = torch.cat([optimizer.state[p]["momentum_buffer"].flatten()
@@ -2920,47 +2341,37 @@ def test_adafisher_as_released_is_momentum_sgd():
 
 
 @pytest.mark.parametrize("Optimizer", (AdaFisher, AdaFisherW))
-@pytest.mark.parametrize("build, size, plain, said", (
-    (make_net, 6, ("encoder.self_attn", "extra"), (
+@pytest.mark.parametrize("build, plain, said", (
+    (make_net, ("encoder.self_attn", "extra"), (
         "block.norm1: 8×2, per channel", "head: 5×9, outer product")),
-    (lambda: models.VisionTransformer(6, 2, 24, 1, 3, 5, 3).double(), 6,
-     ("cls_token", "pos_embed"), ("plain step: cls_token",))))
-def test_adafisher_without_a_layer(Optimizer, build, size, plain, said):
+    (lambda: models.VisionTransformer(6, 2, 24, 1, 3, 5, 3).double(), ("cls_token", "pos_embed"),
+     ("plain step: cls_token",))))
+def test_adafisher_without_a_layer(Optimizer, build, plain, said):
     """F̃ = 1 where no layer is: class tokens, positions, q, k and v of nn.MultiheadAttention."""
     net = build()
     optimizer, before = Optimizer(net, lr=1e-3, averaging="printed"), parameters(net)
     usual(net, optimizer, make_data(1))
-    for name, p in net.named_parameters():
-        if p.grad is not None:
-            ratio = ((before[name] - p) / (1e-3 * p.grad))[p.grad.abs() > 1e-9]
-            assert (ratio - 1).abs().max() < 1e-5 if name.startswith(plain) else \
-                ratio.min() > 0.99 / 1.001 and ratio.max() > 100, name
+    for name, grad in gradients(net).items():
+        ratio = ((before[name] - net.get_parameter(name)) / (1e-3 * grad))[grad.abs() > 1e-9]
+        assert (ratio - 1).abs().max() < 1e-5 if name.startswith(plain) else \
+            ratio.min() > 0.99 / 1.001 and ratio.max() > 100, name
     for words in said:
         assert words in str(optimizer), str(optimizer)
 
 
-def test_adafisher_bias_in_another_group():
-    """Weight and bias in two groups, either first."""
-    x, s, layers = randn(6, 5), randn(6, 4), [nn.Linear(5, 4).double()]
-    layers.append(copy.deepcopy(layers[0]))
-    for layer, order in zip(layers, (("weight", "bias"), ("bias", "weight"))):
-        optimizer = AdaFisher(layer, params=[dict(params=getattr(layer, name)) for name in order])
-        (layer(x) * s).sum().backward()
-        optimizer.step()
-    close(*(parameters(layer) for layer in layers), 0)
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.rare = nn.Embedding(7, 4), nn.Embedding(7, 4, sparse=True)
+        self.late, self.head = nn.Linear(4, 4), nn.Linear(4, 7)
+
+    def forward(self, ids, late):
+        h = self.words(ids) + self.rare(ids)
+        return self.head(self.late(h) if late else h)
 
 
 def test_adafisher_late_layer():
     """A layer that runs late has F̃ = 1 until its statistics come; sparse gradients are taken."""
-    class Late(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.words, self.rare = nn.Embedding(7, 4), nn.Embedding(7, 4, sparse=True)
-            self.late, self.head = nn.Linear(4, 4), nn.Linear(4, 7)
-
-        def forward(self, ids, late):
-            h = self.words(ids) + self.rare(ids)
-            return self.head(self.late(h) if late else h)
     net, ids = Late().double(), torch.arange(6)
     optimizer = AdaFisher(net, tcov=3, lr=0.01, beta=0.0)
     for i in range(5):
@@ -3015,27 +2426,6 @@ def test_adafisher_norm_seen_by_use(norm, same, turn):
         steps.append(parameters(layer))
         assert "preconditioned: 1 weights, 100.0%" in str(optimizer)
     close(*steps, 1e-12)
-
-
-def test_adafisher_transposed_weight():
-    """GPT-2's Conv1D, whose weight is (d, out), steps as a linear layer."""
-    class Conv1D(nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.weight = nn.Parameter(linear.weight.detach().mT.contiguous())
-            self.bias = nn.Parameter(linear.bias.detach().clone())
-
-        def forward(self, x):
-            return torch.addmm(self.bias, x, self.weight)
-    x, s, layers = randn(7, 5), randn(7, 4), [nn.Linear(5, 4).double()]
-    layers.append(Conv1D(layers[0]))
-    for layer in layers:
-        optimizer = METHODS["adafisher"](layer)
-        (layer(x) * s).sum().backward()
-        optimizer.step()
-        assert "100.0% of all numbers" in str(optimizer)
-    close(layers[1].weight.mT, layers[0].weight, 1e-14)
-    close(layers[1].bias, layers[0].bias, 1e-14)
 
 
 @pytest.mark.parametrize("schedule", (

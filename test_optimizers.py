@@ -14,17 +14,21 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bench
 import models
-from testing import (OPTIMIZERS, SGD_FAMILY, close, known, loss_of, make_data, make_net, on_ranks,
-                     only, parameters, raises, randn, set_everywhere, snapshot, trained, usual)
+from testing import (OPTIMIZERS, SGD_FAMILY, Uses, close, copy_of_run, device_type, known, loss_of,
+                     make_data, make_net, on_ranks, only, only_cpu, parameters, raises, randn,
+                     set_everywhere, snapshot, trained, usual)
 
 
 @functools.cache
@@ -34,6 +38,16 @@ def reference(make):
 
 
 # ---- the capture rule: each of these loops must end where the usual one ends ----
+
+def each(work):
+    """The loop that does this with each batch between zero_grad() and step()."""
+    def loop(model, optimizer, data):
+        for x, y in data:
+            optimizer.zero_grad()
+            work(model, x, y)
+            optimizer.step()
+    return loop
+
 
 def zero_after_forward(model, optimizer, data):
     for x, y in data:
@@ -55,35 +69,28 @@ def zero_by_model(model, optimizer, data):
         optimizer.step()
 
 
-def extra_forwards(model, optimizer, data):
+def extra_forwards(model, x, y):
     """Forwards that are not backpropagated: before, between and after, in every mode."""
-    for x, y in data:
-        model.eval()
-        model(x + 1)
-        model.train()
-        optimizer.zero_grad()
-        kept = [model(x + 2)]
-        loss = loss_of(model, x, y)
-        kept.append(model(x + 3))
-        with torch.no_grad():
-            model(x + 4)
-        loss.backward()
-        kept.append(model(x + 5))
-        optimizer.step()
+    model.eval()
+    model(x + 1)
+    model.train()
+    kept = [model(x + 2)]
+    loss = loss_of(model, x, y)
+    kept.append(model(x + 3))
+    with torch.no_grad():
+        model(x + 4)
+    loss.backward()
+    kept.append(model(x + 5))
 
 
-def with_copies(model, optimizer, data):
+def with_copies(model, x, y):
     """Copies by copy.deepcopy and torch.save that are trained in between feed nothing."""
-    for x, y in data:
-        optimizer.zero_grad()
-        loss = loss_of(model, x, y)
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        for other in copy.deepcopy(model), torch.load(file, weights_only=False):
-            loss_of(other, 3 * x, y).backward()
-        loss.backward()
-        optimizer.step()
+    loss, file = loss_of(model, x, y), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in copy.deepcopy(model), torch.load(file, weights_only=False):
+        loss_of(other, 3 * x, y).backward()
+    loss.backward()
 
 
 def skipped_steps(zero_grad, forward_first):
@@ -104,29 +111,23 @@ def skipped_steps(zero_grad, forward_first):
 
 def micro_batches(sizes):
     """Each batch in pieces; each piece's loss is weighted by its share of the batch."""
-    def loop(model, optimizer, data):
-        for x, y in data:
-            optimizer.zero_grad()
-            for part, labels in zip(x.split(sizes), y.split(sizes)):
-                (loss_of(model, part, labels) * len(part) / len(x)).backward()
-            optimizer.step()
-    return loop
+    def work(model, x, y):
+        for part, labels in zip(x.split(sizes), y.split(sizes)):
+            (loss_of(model, part, labels) * len(part) / len(x)).backward()
+    return each(work)
 
 
-def forwards_before_backwards(model, optimizer, data):
+def forwards_before_backwards(model, x, y):
     """Two micro-batches whose forward passes both come before the backward passes."""
-    for x, y in data:
-        optimizer.zero_grad()
-        losses = [loss_of(model, part, labels) / 2 for part, labels in zip(x.chunk(2), y.chunk(2))]
-        for loss in losses:
-            loss.backward()
-        optimizer.step()
+    losses = [loss_of(model, part, labels) / 2 for part, labels in zip(x.chunk(2), y.chunk(2))]
+    for loss in losses:
+        loss.backward()
 
 
 LOOPS = {
     "zero after forward": (zero_after_forward, 0), "zero by model": (zero_by_model, 0),
-    "extra forwards": (extra_forwards, 0), "copies": (with_copies, 0),
-    "forwards before backwards": (forwards_before_backwards, 1e-11),
+    "extra forwards": (each(extra_forwards), 0), "copies": (each(with_copies), 0),
+    "forwards before backwards": (each(forwards_before_backwards), 1e-11),
 } | {
     f"micro-batches of {sizes}": (micro_batches(sizes), 1e-11)
     for sizes in (3, 2, [1, 5], [3, 1, 2])
@@ -146,15 +147,12 @@ def test_loop(make, loop):
 @only("mac", "foof", "nysact")             # the statistics of the others see the loss's scale
 def test_loss_scale(make):
     """The loss times 2¹⁰ and the gradients divided by it."""
-    def scaled(model, optimizer, data):
-        for x, y in data:
-            optimizer.zero_grad()
-            (loss_of(model, x, y) * 1024).backward()
-            for p in model.parameters():
-                if p.grad is not None:
-                    p.grad /= 1024
-            optimizer.step()
-    close(trained(make, scaled), reference(make), 0)
+    def scaled(model, x, y):
+        (loss_of(model, x, y) * 1024).backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad /= 1024
+    close(trained(make, each(scaled)), reference(make), 0)
 
 
 @pytest.mark.parametrize("repeats", (1, 2))
@@ -172,7 +170,7 @@ def test_grad_scaler(make, fused):
 
     Scales are powers of two, so the steps that are taken equal those of plain training.
     """
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 127, growth_factor=2.0 ** 8,
+    scaler = torch.amp.GradScaler(device_type(), init_scale=2.0 ** 127, growth_factor=2.0 ** 8,
                                   backoff_factor=2.0 ** -8, growth_interval=5)
     taken, data = [], make_data(14, dtype=torch.float32)
 
@@ -186,11 +184,7 @@ def test_grad_scaler(make, fused):
             if scaler.get_scale() >= before:
                 taken.append((x, y))
 
-    def plain(model, optimizer, data):
-        for x, y in data:
-            optimizer.zero_grad()
-            (64 * loss_of(model, x, y)).backward()
-            optimizer.step()
+    plain = each(lambda model, x, y: (64 * loss_of(model, x, y)).backward())
     options = dict(lr=1e-5, fused=True) if fused else dict(lr=1e-5)
     got = trained(make, scaled, data, make_net(dtype=torch.float32), grad_scaler=scaler, **options)
     close(got, trained(make, plain, taken, make_net(dtype=torch.float32), **options), 0)
@@ -251,44 +245,46 @@ class Compiled(nn.Module):
 
 
 def compiled_net():
-    import torch._dynamo
     torch._dynamo.reset()
     torch.manual_seed(0)
     return Compiled().double()
 
 
 @only("mac", "kfac")                # the others share the code that this is about, which is slow
-@pytest.mark.parametrize("backend, tol", (("eager", 0), ("aot_eager", 1e-11)))
-def test_compile(make, backend, tol):
+def test_compile(make):
     """torch.compile's graph equals eager, and is compiled for on and off steps, then no more."""
     want, frames = trained(make, net=compiled_net()), []
 
     def compiled(model, optimizer, data):
-        fast = torch.compile(model, backend=backend)
+        fast = torch.compile(model, backend="aot_eager")
         for x, y in data:
             optimizer.zero_grad()
-            F.cross_entropy(fast(x), y).backward()
+            loss_of(fast, x, y).backward()
             optimizer.step()
             frames.append(torch._dynamo.utils.counters["frames"]["total"])
-    close(trained(make, compiled, net=compiled_net()), want, tol)
+    close(trained(make, compiled, net=compiled_net()), want, 1e-11)
     assert frames[-1] == frames[3]
+
+
+def alternating(fast):
+    """The plain model where statistics are collected, else the compiled one, fast(model)."""
+    def loop(model, optimizer, data):
+        compiled = fast(model)
+        for x, y in data:
+            optimizer.zero_grad()
+            loss_of(model if optimizer.collecting else compiled, x, y).backward()
+            optimizer.step()
+    return loop
 
 
 @only("mac", "kfac")
 def test_compile_off_steps(make):
-    """The plain model where statistics are collected, else the compiled one, which is one graph."""
-    want, graphs, off = trained(make, net=compiled_net()), [], []
-
-    def alternating(model, optimizer, data):
-        fast = torch.compile(model, backend=lambda graph, inputs: lambda *args:
-                             graphs.append(1) or graph.forward(*args))
-        for x, y in data:
-            optimizer.zero_grad()
-            off.append(not optimizer.collecting)
-            F.cross_entropy((fast if off[-1] else model)(x), y).backward()
-            optimizer.step()
-    close(trained(make, alternating, net=compiled_net()), want, 0)
-    assert len(graphs) == sum(off) == 4
+    """Where the plain model collects statistics the compiled one is one graph."""
+    want, graphs = trained(make, net=compiled_net()), []
+    loop = alternating(lambda model: torch.compile(model, backend=lambda graph, inputs: lambda *x:
+                                                   graphs.append(1) or graph.forward(*x)))
+    close(trained(make, loop, net=compiled_net()), want, 0)
+    assert len(graphs) == 4, "tcov is 2, of 8 steps"
 
 
 def test_layer_that_rests(make):
@@ -309,33 +305,32 @@ def test_layer_that_rests(make):
     close(got, want, 1e-12)
 
 
-def nothing_captured():
-    """Ways to train nothing that an optimizer sees."""
-    (x, y), = make_data(1)
-
-    def copy_trained(net, optimizer):
-        loss_of(copy.deepcopy(net), x, y).backward()
-
-    def zero_grad_late(net, optimizer):
-        loss_of(net, x, y).backward()
-        optimizer.zero_grad(set_to_none=False)
-
-    def zero_grad_late_by_model(net, optimizer):
-        loss_of(net, x, y).backward()
-        net.zero_grad()
-
-    def forward_only(net, optimizer):
-        net(x)
-    return copy_trained, zero_grad_late, zero_grad_late_by_model, forward_only
+def copy_trained(net, optimizer, x, y):
+    loss_of(copy.deepcopy(net), x, y).backward()
 
 
-@pytest.mark.parametrize("cause", nothing_captured())
+def zero_grad_late(net, optimizer, x, y):
+    loss_of(net, x, y).backward()
+    optimizer.zero_grad(set_to_none=False)
+
+
+def zero_grad_late_by_model(net, optimizer, x, y):
+    loss_of(net, x, y).backward()
+    net.zero_grad()
+
+
+def forward_only(net, optimizer, x, y):
+    net(x)
+
+
+@pytest.mark.parametrize("cause", (copy_trained, zero_grad_late, zero_grad_late_by_model,
+                                   forward_only))
 def test_first_step_without_capture(make, cause):
     """RuntimeError, and nothing has changed."""
     net = make_net()
     optimizer = make(net)
     before = snapshot(net, optimizer)
-    cause(net, optimizer)
+    cause(net, optimizer, *make_data(1)[0])
     raises(RuntimeError, ["zero_grad()", "copy", "compiled", "backward()"], optimizer.step)
     close(snapshot(net, optimizer), before, 0)
     usual(net, optimizer, make_data(8))
@@ -344,7 +339,6 @@ def test_first_step_without_capture(make, cause):
 
 def test_compiled_before(make):
     """A model that was compiled and called before the optimizer was made runs without its hooks."""
-    import torch._dynamo
     torch._dynamo.reset()
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     fast = torch.compile(net, backend="eager")
@@ -398,43 +392,85 @@ def test_nothing_kept_alive(make):
 
 def test_collected_in_a_pass(make):
     """An optimizer that another one replaced may die while the model runs."""
-    net = make_net()
+    net, modes = make_net(), _get_current_function_mode_stack()
     old = make(net)
     old.itself = old                                        # it lives on until a collection
     optimizer = make(net)
-
-    def collect(*args):
-        gc.collect()
-    net.conv1.register_forward_hook(collect)
+    handle = net.conv1.register_forward_hook(lambda *_: gc.collect() and handle.remove())
     del old
     usual(net, optimizer, make_data(8))
+    assert handle.id not in net.conv1._forward_hooks, "nothing was collected"
     close(snapshot(net, optimizer), reference(make), 0)
-    assert not torch.overrides._get_current_function_mode_stack()
+    assert _get_current_function_mode_stack() == modes
 
 
 # ---- torch's interface ----
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
-@pytest.mark.parametrize("step, options", (           # nothing is due at step 5, tcov at 4
-    (5, {}), (5, dict(tcov=3, tinv=2)), (5, dict(tcov=4, tinv=2)), (4, dict(momentum=0.0))))
-def test_resume(make, dtype, step, options, tmp_path):
-    """Saved to a file and read by torch.load's default: bit-exact, whatever is due at that step."""
-    data, net = make_data(10, dtype=dtype), make_net(dtype=dtype)
-    optimizer = make(net, **options)
+def with_another_bias():
+    """A layer that parts with its bias, beside an ordinary one."""
+    return nn.Sequential(Uses(nn.Linear(108, 9), lambda m, x: F.linear(
+        x.flatten(1), m.layer.weight, 2 * m.layer.bias)), nn.Linear(9, 5)).double()
+
+
+RESUMED = {     # the network, the step at which it goes on, options
+    "between statistics": (make_net, 5, {}), "before a refresh": (make_net, 5, dict(tcov=3)),
+    "before statistics": (make_net, 4, dict(momentum=0.0)),
+    "nothing due": (make_net, 5, dict(tcov=4, tinv=2)),
+    "bfloat16": (lambda: make_net(dtype=torch.bfloat16), 5, dict(tcov=3, tinv=2)),
+    "bfloat16, before statistics": (lambda: make_net(dtype=torch.bfloat16), 4, {}),
+    "stacks": (lambda: make_twins(), 4, dict(loss_terms=6)),
+    "no bias": (with_another_bias, 3, {}),
+    "all layers used": (lambda: compiled_net(), 3, {}),       # torch.distributed asks for that
+}
+
+
+@pytest.mark.parametrize("case, flat", [(case, None) for case in RESUMED] + [
+    (case, flat) for case in ("all layers used", "no bias") for flat in (False, True)])
+def test_resume(make, case, flat):
+    """Bit-exact, whatever is due at that step: from a file read by torch.load's default into an
+    optimizer with a state; from torch.distributed.checkpoint's into one that took no step."""
+    build, step, options = RESUMED[case]
+    net, fresh = build(), build()
+    dtype = next(net.parameters()).dtype
+    data = twins_data() if case == "stacks" else make_data(10, dtype=dtype)
+    optimizer, resumed = make(net, **options), make(fresh, **options)
     usual(net, optimizer, data[:step])
-    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
-    saved = torch.load(tmp_path / "c.pt")
-    usual(net, optimizer, data[step:])
-    fresh = make_net(seed=7, dtype=dtype)
-    resumed = make(fresh, **options)
-    usual(fresh, resumed, data[:1])                         # state that is to be overwritten
-    fresh.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
-    usual(fresh, resumed, data[step:])
+    if flat is None:
+        usual(fresh, resumed, data[-1:])
+    copy_of_run(net, optimizer, fresh, resumed, flat)
+    for model, each in ((net, optimizer), (fresh, resumed)):
+        usual(model, each, data[step:])
     close(snapshot(fresh, resumed), snapshot(net, optimizer), 0)
-    for before, after in zip(optimizer.state.values(), resumed.state.values()):
-        for key, value in before.items():
-            assert not torch.is_tensor(value) or after[key].dtype == value.dtype, key
+    for p, q in zip(net.parameters(), fresh.parameters()):
+        for key, value in optimizer.state.get(p, {}).items():
+            assert not torch.is_tensor(value) or resumed.state[q][key].dtype == value.dtype, key
+
+
+def test_refused_checkpoint_changes_nothing(make):
+    net, other = (nn.Sequential(nn.Linear(4, n), nn.Linear(n, 3)) for n in (6, 9))
+    optimizer, source = make(net), make(other)
+    F.cross_entropy(other(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+    source.step()
+    raises(ValueError, ["of layer", " is "],
+           lambda: optimizer.load_state_dict(source.state_dict()))
+    assert all(layer.bias is not None and not layer.found for layer in optimizer.layers.values())
+
+
+def test_zeros_of_a_trial_step_are_not_applied(make):
+    """torch.distributed.checkpoint makes a state of zeros; a layer that first runs between two
+    refreshes gets what its own statistics give."""
+    ends = []
+    for asked in (True, False):
+        net = make_net()
+        optimizer = make(net, tcov=1, tinv=50)
+        if asked:
+            get_optimizer_state_dict(net, optimizer)
+        for step, (x, y) in enumerate(make_data(3)):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x, 4 if step else 0), y).backward()
+            optimizer.step()
+        ends.append(parameters(net))
+    close(*ends, 0)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
@@ -558,12 +594,7 @@ def test_parameters_that_stay(make):
 
 
 def test_maximize(make):
-    def ascent(model, optimizer, data):
-        for x, y in data:
-            optimizer.zero_grad()
-            (-loss_of(model, x, y)).backward()
-            optimizer.step()
-    got = trained(make, ascent, maximize=True)
+    got = trained(make, each(lambda model, x, y: (-loss_of(model, x, y)).backward()), maximize=True)
     names = parameters(make_net())
     close({name: got[name] for name in names}, {name: reference(make)[name] for name in names}, 0)
 
@@ -587,23 +618,6 @@ def test_every_parameter_moves(make, build, size):
     for name, p in net.named_parameters():
         frozen = not p.requires_grad or name.startswith("extra")
         assert torch.equal(p, before[name]) == frozen and p.isfinite().all(), name
-
-
-@pytest.mark.parametrize("channels_last_model", (False, True))
-def test_memory_formats(make, channels_last_model):
-    """channels_last input, and model, in float32, where convolutions have kernels of their own."""
-    def run(channels_last, channels_last_model):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                            nn.Conv2d(8, 8, 3, groups=2, stride=2), nn.ReLU(),
-                            nn.Conv2d(8, 16, 3, padding=1), nn.Flatten(), nn.Linear(64, 5))
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        data = [(x.float().contiguous(memory_format=layout), y) for x, y in make_data(4)]
-        if channels_last_model:
-            net = net.to(memory_format=torch.channels_last)
-        usual(net, make(net, lr=1e-3), data)
-        return parameters(net)
-    close(run(True, channels_last_model), run(False, False), 1e-3)
 
 
 class Twins(nn.Module):
@@ -662,18 +676,6 @@ def test_stacks(make, loop, monkeypatch):
     for stack in (1, 2 * 4 * 4 * 9):
         set_everywhere(monkeypatch, "STACK", stack)
         close(trained(make, loop, twins_data(), make_twins(), loss_terms=11), want, 1e-11)
-
-
-@only(*SGD_FAMILY)
-def test_stacks_resumed(make):
-    data, net, fresh = twins_data(), make_twins(), make_twins()
-    optimizer, resumed = make(net), make(fresh)
-    usual(net, optimizer, data[:4])
-    fresh.load_state_dict(net.state_dict())
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    usual(net, optimizer, data[4:])
-    usual(fresh, resumed, data[4:])
-    close(snapshot(fresh, resumed), snapshot(net, optimizer), 0)
 
 
 def test_launches(make):
@@ -748,7 +750,7 @@ def test_is_sgd_for_large_damping(make, options, resumed):
     close(parameters(nets[0]), parameters(nets[1]), 1e-11)
 
 
-@only(*SGD_FAMILY)
+@only(*SGD_FAMILY, "adafisherw")
 def test_decoupled_weight_decay(make):
     """W ← (1 − η·wd)W before the step without decay; parameters without gradient do not decay."""
     nets = make_net(), make_net()
@@ -780,6 +782,7 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@only_cpu
 def test_devices(make, monkeypatch):
     """Away from the CPU nothing stays on it; a step without statistics reads nothing from there.
 
@@ -827,9 +830,11 @@ def test_all_weights_frozen(make):
 def test_arguments_refused(make):
     bad = dict(damping=(0, -1.0, math.inf, math.nan), stat_decay=(1.0, -0.1, math.nan),
                gamma=(1.0, -0.1), beta=(1.0,), tcov=(0, -5, 2.5, math.inf, math.nan),
-               tinv=(0, 1.5, math.inf, math.nan), rank=(0, 1.5), seed=(-1,), sketch=("columns",),
+               tinv=(0, 1.5, math.inf, math.nan), rank=(0, 1.5, "10", None),
+               seed=(-1, 2 ** 32, "0", None), sketch=("columns", 1), averaging=("mean",),
                fisher=("true",), inverse=("exact",), weight_sharing=("none",), loss_terms=("rows",),
-               kl_clip=(0.0, math.nan), weight_decay=(-0.1,), momentum=(-0.5,), lr=(-1.0,))
+               kl_clip=(0.0, math.nan), weight_decay=(-0.1,), momentum=(-0.5,), lr=(-1.0,),
+               decoupled_weight_decay=(2,))
     net = make_net()
     for name, values in known(make.Optimizer, bad).items():
         for value in values:
@@ -837,18 +842,39 @@ def test_arguments_refused(make):
                    lambda: make.Optimizer(net, **{name: value}))
     params = [{"params": list(net.head.parameters()), "damping": -2}]
     raises(ValueError, ["damping", "-2"], lambda: make(net, params=params))
-    if issubclass(make.Optimizer, torch.optim.SGD):
-        raises(ValueError, ["Nesterov"], lambda: make(net, momentum=0.0, nesterov=True))
-    with pytest.warns(UserWarning, match="no Linear|no weight"):
-        make(nn.Sequential(nn.Embedding(3, 3)))
-
-
-def test_group_refused(make):
-    net = make_net()
     optimizer = make(net, params=[net.conv1.weight])
     group = dict(params=list(net.head.parameters()), tcov=0)
     raises(ValueError, ["tcov", "0"], lambda: optimizer.add_param_group(group))
     assert len(optimizer.param_groups) == 1
+    if issubclass(make.Optimizer, torch.optim.SGD):
+        raises(ValueError, ["Nesterov"], lambda: make(net, momentum=0.0, nesterov=True))
+    with pytest.warns(UserWarning, match="no Linear|no weight"):
+        make(nn.Sequential(nn.Embedding(3, 3)))
+    raises(TypeError, ["torch.nn.Module", "params="], lambda: make.Optimizer(net.parameters()))
+    raises(TypeError, ["DataParallel"], lambda: make(nn.DataParallel(net)))
+
+
+DEFAULTS = dict(
+    MAC=dict(damping=1.0, input_covariance=True), FOOF=dict(damping=1.0),
+    NysAct=dict(damping=1.0, rank=10, sketch="gaussian", seed=0),
+    KFAC=dict(damping=0.03, fisher="empirical", inverse="factored", weight_sharing="expand",
+              loss_terms="samples", kl_clip=1e-3, grad_scaler=None))
+OF_SGD = dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0, decoupled_weight_decay=False,
+              stat_decay=0.95, tcov=5, tinv=50, maximize=False, foreach=None, fused=None)
+OF_ADAFISHER = dict(lr=1e-3, beta=0.9, weight_decay=0.0, damping=1e-3, gamma=0.8, tcov=100,
+                    averaging="released", maximize=False, grad_scaler=None)
+
+
+def test_defaults(make):
+    """As documented, for keywords only; those of plain() are the class's."""
+    signature = inspect.signature(make.Optimizer).parameters
+    own = DEFAULTS.get(make.Optimizer.__name__)
+    want = OF_ADAFISHER if own is None else OF_SGD | own
+    found = {name: p.default for name, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+    assert found == want | dict(params=None) and len(signature) == len(found) + 1
+    for name, p in inspect.signature(inspect.getmodule(make.Optimizer).plain).parameters.items():
+        assert p.default is p.empty or name in ("first", "decoupled") or p.default == want[name]
+        assert name not in ("first", "decoupled") or p.default is False
 
 
 # ---- several processes ----
@@ -890,6 +916,7 @@ def without_ddp(rank, world, name):
     return snapshot(net, optimizer)
 
 
+@only_cpu
 @pytest.mark.parametrize("world", (2, 3))
 @pytest.mark.parametrize("work", (under_ddp, without_ddp))
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -897,11 +924,7 @@ def test_ranks(name, work, world):
     """Processes with different data equal one with all of it, and each other bit for bit."""
     n_extra = 12 // world if work is under_ddp else 0
 
-    def loop(model, optimizer, data):
-        for x, y in data:
-            optimizer.zero_grad()
-            F.cross_entropy(model(x, n_extra), y).backward()
-            optimizer.step()
+    loop = each(lambda model, x, y: F.cross_entropy(model(x, n_extra), y).backward())
     results, want = on_ranks(world, work, name), trained(OPTIMIZERS[name], loop, RANK_DATA)
     if work is without_ddp:            # its zero gradients decay and give momentum to `extra`
         for values in (*results, want):
@@ -910,3 +933,68 @@ def test_ranks(name, work, world):
     close(results[0], want, 1e-11)
     for result in results[1:]:
         close(result, results[0], 0)
+
+
+# ---- on a GPU alone ----
+
+def on_the_gpu(optimizer):
+    return all(v.is_cuda for state in optimizer.state.values() for v in state.values()
+               if torch.is_tensor(v))
+
+
+@pytest.mark.only_cuda
+def test_as_on_the_cpu(make):
+    net = make_net()
+    with torch.device("cpu"):
+        want = trained(make, net=copy.deepcopy(net).cpu(),
+                       data=[(x.cpu(), y.cpu()) for x, y in make_data(8)])
+    close(trained(make, net=net), want, 1e-9)
+
+
+@pytest.mark.only_cuda
+def test_fp16(make):
+    """Autocast and a scale that overflows at first: skipped steps change nothing, all others move
+    every parameter, and statistics are float32, on the GPU."""
+    net, skipped = make_net(dtype=torch.float32), 0
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0 ** 40, backoff_factor=2.0 ** -4)
+    optimizer, start = make(net, grad_scaler=scaler, lr=1e-3), parameters(net)
+    for x, y in make_data(20, dtype=torch.float32):
+        before, scale = snapshot(net, optimizer), scaler.get_scale()
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = loss_of(net, x, y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() < scale:
+            skipped += 1
+            close(snapshot(net, optimizer), before, 0)
+    assert 0 < skipped < 15 and on_the_gpu(optimizer)
+    for name, p in net.named_parameters():
+        assert p.isfinite().all() and torch.equal(p, start[name]) == name.startswith("extra"), name
+    assert {v.dtype for state in optimizer.state.values() for v in state.values()
+            if torch.is_tensor(v)} == {torch.float32}
+
+
+@pytest.mark.only_cuda
+@pytest.mark.parametrize("options", (dict(foreach=True), dict(fused=True)), ids=str)
+def test_no_synchronisation(make, options):
+    """Where no statistics and no refresh are due the host waits for nothing."""
+    net, data = make_net(dtype=torch.float32), make_data(9, dtype=torch.float32)
+    optimizer = make(net, tcov=4, tinv=4, **options)
+    try:
+        for step, batch in enumerate(data):
+            torch.cuda.set_sync_debug_mode("error" if step % 4 else "default")
+            usual(net, optimizer, [batch])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert on_the_gpu(optimizer)
+
+
+@pytest.mark.only_cuda
+@only("mac", "kfac", "adafisher")
+def test_cuda_graphs(make):
+    """torch.compile(mode="reduce-overhead") of the model, between statistics, trains as eager."""
+    loop = alternating(lambda model: torch.compile(model, mode="reduce-overhead"))
+    want = trained(make, net=compiled_net())
+    close(trained(make, loop, net=compiled_net()), want, 1e-9)

@@ -1,6 +1,8 @@
 """What the tests share: comparison, a small network of every kind of layer, the six optimizers."""
+import copy
 import datetime
 import inspect
+import io
 import os
 import sys
 import tempfile
@@ -11,6 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_state_dict, set_state_dict)
 from torch.utils.checkpoint import checkpoint
 
 import models
@@ -24,7 +28,10 @@ from nysact import NysAct
 # ---- comparison ----
 
 def close(got, want, tol):
-    """|got − want| ≤ tol·max|want|, for tensors, numbers, or each item of dicts of them."""
+    """|got − want| ≤ tol·max|want|, for tensors, numbers, or each item of dicts of them.
+
+    On a GPU, where sums take another order, tol is ten times as large, and 1e-12 at least.
+    """
     if not isinstance(want, dict):
         got, want = {"": got}, {"": want}
     assert got.keys() == want.keys(), f"in one only: {sorted(map(str, got.keys() ^ want.keys()))}"
@@ -34,7 +41,7 @@ def close(got, want, tol):
         assert a.shape == b.shape, f"{key}: {tuple(a.shape)}, expected {tuple(b.shape)}"
         error = ((a - b).abs().max() / (b.abs().max() if b.any() else 1.0)).item() \
             if b.numel() else 0.0
-        if not error <= tol:
+        if not error <= (tol if device_type() == "cpu" else max(10 * tol, 1e-12)):
             errors[key] = error
     assert not errors, f"relative errors above {tol:g}: {errors}"
 
@@ -51,6 +58,11 @@ def raises(kind, words, call):
         call()
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
+
+
+def device_type():
+    """"cpu" or "cuda": where the tests run."""
+    return torch.get_default_device().type
 
 
 def parameters(model):
@@ -113,16 +125,31 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Uses(nn.Module):
+    """`layer`, and a function of self and x that uses its weight; `beside`, an ordinary layer."""
+
+    def __init__(self, layer, use, beside=None):
+        super().__init__()
+        self.layer, self.use, self.beside = layer, use, beside
+
+    def forward(self, x):
+        ys = self.use(self, x)
+        if self.beside is None:
+            return ys
+        return [*([ys] if torch.is_tensor(ys) else ys), self.beside(randn(4, 3))]
+
+
 def make_net(seed=0, dtype=torch.float64, **options):
     torch.manual_seed(seed)
     return Net(**options).to(dtype)
 
 
 def make_data(steps, batch=6, dtype=torch.float64):
-    """Batches of images that are far from zero mean, with their labels."""
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(batch, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype) + 0.5,
-             torch.randint(5, (batch,), generator=generator)) for _ in range(steps)]
+    """Batches of images that are far from zero mean, with their labels; the same on any device."""
+    random = dict(generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    data = [(torch.randn(batch, 3, 6, 6, dtype=torch.float64, **random).to(dtype) + 0.5,
+             torch.randint(5, (batch,), **random)) for _ in range(steps)]
+    return [(x.to(device_type()), y.to(device_type())) for x, y in data]
 
 
 def loss_of(model, x, y):
@@ -142,6 +169,23 @@ def trained(make, loop=usual, data=None, net=None, **options):
     optimizer = make(net, **options)
     loop(net, optimizer, make_data(8) if data is None else data)
     return snapshot(net, optimizer)
+
+
+def copy_of_run(net, optimizer, fresh, resumed, flat=None):
+    """Give another model and its optimizer the state of the first ones: by a checkpoint file, or
+    as torch.distributed.checkpoint does, flat or not."""
+    if flat is None:
+        file = io.BytesIO()
+        torch.save([net.state_dict(), optimizer.state_dict()], file)
+        file.seek(0)
+        of_model, of_optimizer = torch.load(file)
+        fresh.load_state_dict(of_model)
+        resumed.load_state_dict(of_optimizer)
+    else:
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        saved = copy.deepcopy(get_state_dict(net, optimizer, options=options))
+        set_state_dict(fresh, resumed, model_state_dict=saved[0], optim_state_dict=saved[1],
+                       options=options)
 
 
 # ---- the optimizers ----
@@ -175,6 +219,9 @@ SGD_FAMILY = ("mac", "foof", "nysact", "kfac")     # they precondition the gradi
 def only(*names):
     """A test of these optimizers, where the fixture `make` brings all."""
     return pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in names], ids=names)
+
+
+only_cpu = pytest.mark.only_cpu        # compared with what runs on the CPU
 
 
 # ---- several processes ----
