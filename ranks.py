@@ -135,6 +135,19 @@ class Ranks(NamedTuple):
             buffer.copy_(mean.view_as(buffer))
 
 
+def whole_state(model, optimizer):
+    """The states of a sharded model and its optimizer, whole on the first rank, from all ranks."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    return get_state_dict(model, optimizer, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True))
+
+
+def set_whole_state(model, optimizer, model_state, state):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state,
+                   options=StateDictOptions(full_state_dict=True))
+
+
 def find_device(text):
     """The device that --device names; auto takes a GPU where there is one."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)

@@ -31,12 +31,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
-                                                     set_state_dict)
 from tqdm import tqdm
 
 from download import DataError
-from ranks import Stop, UsageError, tell
+from ranks import Stop, UsageError, set_whole_state, tell, whole_state
 
 
 class Diverged(Exception):
@@ -176,7 +174,6 @@ class Progress:
 
 FAILED = 1000                    # beyond all signals
 SHARDED = "model", "optimizer"   # the parts that --fsdp divides among ranks
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Run:
@@ -259,8 +256,7 @@ class Run:
                 if name not in sharded:
                     part.load_state_dict(saved[name])
             if sharded:
-                set_state_dict(*map(self.parts.get, sharded), options=WHOLE,
-                               model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+                set_whole_state(*map(self.parts.get, sharded), *map(saved.get, sharded))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(f"{path} does not fit this version of {config['model']} and "
                              f"{config['optim']} ({str(error).splitlines()[0]})")
@@ -400,7 +396,7 @@ class Run:
         partial = self.progress and self.progress.saved()
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if self.config.get("fsdp"):                # of which the first rank gathers the whole
-            states |= zip(SHARDED, get_state_dict(*map(self.parts.get, SHARDED), options=WHOLE))
+            states |= zip(SHARDED, whole_state(*map(self.parts.get, SHARDED)))
 
         def write():
             if self.ranks.rank == 0:
