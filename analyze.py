@@ -211,7 +211,8 @@ def overview(args):
         right.plot(depth, after, "v", ms=5, color="C3", label="MAC's G − (G ā) āᵀ/(ρ + ‖ā‖²)")
         right.set_yscale("log")
         right.xaxis.get_major_locator().set_params(integer=True)
-        finish(right, "layer", "length along ā, over ‖G‖", "3. MAC shortens G along ā, and nothing else")
+        finish(right, "layer", "length along ā, over ‖G‖",
+               "3. MAC shortens G along ā, and nothing else")
     left = [100 * b / a for a, b in zip(before, after)]
     publish(args, setup, when, f"""Of the gradient's part along the mean input of a layer MAC leaves
         {span(left, 2)} %, and all of the rest, for one vector of state per layer.""",

@@ -8,7 +8,7 @@ A method answers five questions, and is a class of one screen then:
                              where needs_gradients, measure_gradient(layer, use, grad): {name: Σ}
     prepare(damping, **measured)     {name: what is made of the averages}, which blocks failed
     apply(G, damping, **prepared)    G̃ for G (blocks, out/blocks, d) = [weight | bias]; where
-                             row_by_row, each row by itself, so that sharded rows stay where they are
+                             row_by_row, each row by itself, so that sharded rows stay apart
 
 What a step does, in order: every tcov steps it takes the sums that capture.py has pending, pools
 them over micro-batches by count and over ranks by an all-reduce, and joins them to the averages;

@@ -1029,6 +1029,19 @@ def test_mac_attention_kinds(kind, chunked, monkeypatch):
         assert ("attended" in line) == (name in values)
 
 
+def test_mac_without_attention():
+    """attention=False: v has the mean input, as q and k have."""
+    net, x = models.Attention(8, 2).double(), randn(3, 5, 8)
+    optimizer = MAC(net, input_covariance=False, attention=False, tcov=1, lr=1.0, momentum=0.0)
+    before = net.qkv.weight.detach().clone()
+    net(x).square().sum().backward()
+    optimizer.step()
+    G, a = whole(net.qkv.weight.grad, net.qkv.bias.grad), with_ones(x.mean((0, 1))[None])[0]
+    G̃ = G - torch.outer(G @ a, a) / (1 + a @ a)
+    close(before - net.qkv.weight, G̃[:, :-1], 1e-12)
+    assert optimizer.state[net.qkv.weight]["values"] == -1
+
+
 @pytest.mark.parametrize("mode", ("float32", "autocast", "bfloat16 weights"))
 def test_mac_attention_precision(mode):
     """(6) in float32 of the q and k that were used, norms included."""
@@ -1196,7 +1209,7 @@ def test_mac_state_size():
             blocks = {"conv2.weight": 2, "encoder.self_attn.in_proj_weight": 4}.get(name, 2)
             want += 2 * blocks * (p[0].numel() + (name != "conv2.weight"))
     assert numbers_of(optimizer) == want
-    for layer, values in ((net.block.attn.qkv, 8 + 4), (net.head, -1)):          # bits of v's blocks
+    for layer, values in ((net.block.attn.qkv, 8 + 4), (net.head, -1)):
         assert optimizer.state[layer.weight]["values"] == values
     text = str(optimizer)
     for words in ("conv1: 4×28, input covariance", "block.attn.proj: 8×9, mean input,",
