@@ -301,13 +301,14 @@ def draw(results):
     folder = Path(results, "figures")
     folder.mkdir(parents=True, exist_ok=True)
     studies = [name for name in STUDIES if read(results, f"{name}-search")]
-    figure, axes = plt.subplots(1, len(studies), figsize=(5 * len(studies), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(studies), figsize=(7 * len(studies), 4), squeeze=False,
+                                layout="constrained")
     for axis, name in zip(axes[0], studies):
         draw_sensitivity(axis, name, {arm: last_losses(results, name, arm)
                                       for arm in STUDIES[name].arms})
     figure.savefig(folder / "sensitivity.png", dpi=110, bbox_inches="tight")
     if read(results, "cifar"):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
         draw_race(axes, logs(results, "cifar"), step_ratios(results))
         figure.savefig(folder / "race.png", dpi=110, bbox_inches="tight")
 
@@ -318,8 +319,8 @@ def draw_sensitivity(axis, name, losses):
         best = min(rates, key=found.get, default=None)
         axis.plot([lr / best for lr in rates], [found[lr] for lr in rates], ".-", label=arm)
     axis.set(xscale="log", xlabel="learning rate / the best of this optimizer", title=name,
-             ylabel="training loss at the search's end")
-    axis.legend(fontsize=8)
+             ylabel="training loss of the last epoch")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def step_ratios(results):
@@ -337,10 +338,11 @@ def draw_race(axes, found, ratios):
         means = [statistics.mean(values) for values in zip(*runs)]
         epochs = range(1, len(means) + 1)
         axes[0].plot(epochs, means, ".-", label=f"{arm} ({len(runs)})")
-        axes[1].plot([epoch * ratios[arm] for epoch in epochs], means, ".-")
+        axes[1].plot([epoch * ratios[arm] for epoch in epochs], means, ".-",
+                     label=f"{arm} ({len(runs)})")
     axes[0].set(xlabel="epoch", ylabel="test accuracy, %", title="at equal epochs")
     axes[1].set(xlabel="time, in epochs of SGD", title="at equal time (ratios of bench.py)")
-    axes[0].legend(fontsize=8, title="optimizer (seeds)")
+    axes[1].legend(fontsize=8, title="optimizer (seeds)", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 # ---------------------------------------------------------------------------------------------

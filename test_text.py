@@ -79,11 +79,12 @@ def test_fingerprint():
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
-WHOLE = gzip.compress(b"naive text" * 9)
+WHOLE = gzip.compress(b"naive text" * 9, mtime=0)
 
 
 @pytest.mark.parametrize("content", ["für".encode("latin1"), b"aaaa", b"", WHOLE[:20],
-                                     WHOLE[:10] + bytes(8) + WHOLE[18:]])
+                                     WHOLE[:10] + bytes(8) + WHOLE[18:]],
+                         ids=("latin1", "short", "empty", "cut", "damaged"))
 def test_bad_texts(tmp_path, monkeypatch, content):
     put(tmp_path, bad=content)
     monkeypatch.setenv("HOME", str(tmp_path))
