@@ -195,9 +195,9 @@ def second_moments(net, batches, names):
 def use_of(module, x, output):
     """The use that a Linear or Conv2d (groups = 1) made of its weight, from x to output."""
     if isinstance(module, nn.Linear):
-        return Use("linear", x, None, output.shape, x.numel() // x.shape[-1], slice(None), 1)
+        return Use("linear", x, None, output.shape, x.numel() // x.shape[-1], slice(None))
     rows = len(x) * output.shape[2] * output.shape[3]
-    return Use("conv", x, None, output.shape, rows, slice(None), 1, geometry=Geometry.of(
+    return Use("conv", x, None, output.shape, rows, slice(None), geometry=Geometry.of(
         module.weight, module.stride, module.padding, module.dilation))
 
 

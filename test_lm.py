@@ -129,7 +129,7 @@ def test_perplexity(length):
         seen = tokens[(i - 1) // 6 * 6:i]
         nats.append(-net(seen[None])[0, -1].log_softmax(0)[tokens[i]].item())
     for size, parts in ((1, 1), (4, 1), (4, 2)):           # some windows at a time
-        config = dict(context=6, batch_size=size, accumulate=parts, amp=False)
+        config = dict(context=6, batch_size=size, accumulate=parts, amp=False, fsdp=False)
         loss = train_lm.evaluate(net, tokens, config, Ranks(), Stop())
         close(train_lm.perplexity(loss), math.exp(sum(nats) / len(nats)), 1e-6)
     assert train_lm.perplexity(1e4) == math.inf
