@@ -11,7 +11,8 @@
 
 A data set of this size lives on the device as uint8 (CIFAR-10: 0.2 GB), where cropping and
 flipping a batch is one gather: no worker processes, no image library. ImageNet does not fit there:
-images.py reads it. Nothing is unpacked to disk.
+images.py reads it, and text.py texts; read_image and load_text of these are here by name too.
+Nothing is unpacked to disk.
 """
 import argparse
 import gzip
@@ -29,6 +30,10 @@ import torch.nn.functional as F
 
 from augment import normalize
 from download import MIRRORS, DataError, expand, fetch_any, fingerprint, one_at_a_time, verify
+from images import read_image
+from text import load_text
+
+__all__ = ["Data", "batches", "load", "load_text", "num_batches", "read_image"]
 
 FASHION = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
            "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
