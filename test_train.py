@@ -169,8 +169,9 @@ def test_bench(start, tmp_path):
     assert 1 < rows["mac"]["state"] < rows["nysact"]["state"] < rows["foof"]["state"]
 
 
-def test_bench_launches(start, tmp_path):
-    rows = bench(start, tmp_path, "--launches")
+@pytest.mark.parametrize("model", ("lenet5", "char", "resnet18"))
+def test_bench_launches(start, tmp_path, model):
+    rows = bench(start, tmp_path, f"--launches --model {model}")
     assert rows["sgd"]["ratio"] == 1 and rows["sgd"]["between"] == rows["sgd"]["due"]
     for row in rows.values():
         assert rows["sgd"]["mean"] <= row["between"] <= row["mean"] <= row["due"], row
