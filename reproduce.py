@@ -257,6 +257,8 @@ def show(results, experiment):
 
 def show_search(found):
     """Training loss of the last epoch, an arm a line."""
+    columns = max(sum(a == arm for a, *_ in found) for arm, *_ in found)
+    print("| rate: loss" + " |" * (columns + 1) + "\n|" + "---|" * (columns + 1))
     for arm in dict.fromkeys(arm for arm, *_ in found):
         losses = {float(rate): float(rows[-1]["train_loss"] or math.inf)
                   for (a, rate, _), rows in found.items() if a == arm}
