@@ -38,7 +38,8 @@ SMALL = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 class Arm(NamedTuple):
-    """One line of a table: flags, beyond which its optimizer's recipe counts, and its rates."""
+    """One line of a table: flags, beyond which its optimizer's recipe counts, and the rates tried;
+    none: "mac --flag value" takes mac's best."""
     flags: str
     rates: tuple = ORDINARY
 
@@ -58,12 +59,12 @@ STUDIES = {
         "adamw": Arm("--optim adamw", SMALL),
         "adafisher": Arm("--optim adafisher", SMALL),
         "adafisher-printed": Arm("--optim adafisher --averaging printed --damping 0.1")}),
-    # Does MAC's attention term do anything? The second arm gives v the plain mean of its inputs.
+    # Does MAC's attention term do anything? Without it v takes the plain mean of its inputs.
     "vit": Study(f"{VIT} --epoch 2", f"{VIT} --epoch 5", 3, {
         "sgd": Arm("--optim sgd --weight_decay 1e-4", ORDINARY[1:]),
         "mac": Arm("--optim mac --weight_decay 1e-4 --tinv 5", ORDINARY[1:]),
-        "mac-without-attention": Arm("--optim mac --weight_decay 1e-4 --tinv 5 --attention false",
-                                     ORDINARY[1:]),
+        "mac --attention false":
+            Arm("--optim mac --weight_decay 1e-4 --tinv 5 --attention false", ()),
         "kfac": Arm("--optim kfac --weight_decay 1e-4", ORDINARY[1:]),
         "adamw": Arm("--optim adamw", SMALL[:5])}),
     "shakespeare": Study(f"{TEXT} --epoch 1 --train_size 400000", f"{TEXT} --epoch 1", 2, {
@@ -71,6 +72,8 @@ STUDIES = {
         "adamw": Arm("--optim adamw", SMALL),
         "adafisherw": Arm("--optim adafisherw", SMALL)}),
 }
+COLOURS = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(
+    arm for study in STUDIES.values() for arm in study.arms))}
 
 
 class Trial(NamedTuple):
@@ -92,7 +95,7 @@ def search(results, name):
         for arm, (flags, rates) in study.arms.items():
             if i < len(rates):
                 lr = rates[i]
-            elif i == 6 and all(lr in last_losses(results, name, arm) for lr in rates):
+            elif i == 6 and rates and all(lr in last_losses(results, name, arm) for lr in rates):
                 lr = beyond(rates, last_losses(results, name, arm))
             else:
                 continue
@@ -179,6 +182,7 @@ def last_losses(results, name, arm):
 
 
 def best_rate(results, name, arm):
+    arm = arm.split()[0]
     losses = last_losses(results, name, arm)
     if not set(STUDIES[name].arms[arm].rates) <= set(losses):
         raise SystemExit(f"reproduce.py: the rates of {arm} are not searched yet: run "
@@ -252,7 +256,7 @@ def show(results, experiment):
     if experiment.endswith("-search"):
         show_search(found)
     else:
-        show_comparison(found)
+        show_comparison(found, step_ratios(results) if experiment == "cifar" else {})
 
 
 def show_search(found):
@@ -268,21 +272,33 @@ def show_search(found):
             for lr in sorted(losses)) + " |")
 
 
-def show_comparison(found):
-    """Last epoch, mean ± std over seeds, and what is gained over the first arm seed by seed."""
-    rows = next(iter(found.values()))
-    metric, better = ("test_acc", 1) if "test_acc" in rows[0] else ("valid_loss", -1)
-    last = {}
+def show_comparison(found, ratios):
+    """Last epoch, mean ± std over seeds; what is gained over the first arm, seed by seed; when the
+    mean reaches the first arm's last one, in epochs and (where a step's cost is known) in time."""
+    metric = "test_acc" if "test_acc" in next(iter(found.values()))[0] else "valid_loss"
+    better = -1 if metric == "valid_loss" else 1
+    curves, losses = {}, {}
     for (arm, rate, seed), rows in found.items():
-        last.setdefault((arm, rate), {})[seed] = [float(rows[-1][column] or math.nan)
-                                                  for column in (metric, "train_loss")]
-    first = last[next(iter(last))]
-    print(f"| | rate | seeds | {metric} | gain, paired | train_loss |\n|---|---|---|---|---|---|")
-    for (arm, rate), seeds in last.items():
-        gains = [better * (seeds[s][0] - first[s][0]) for s in seeds if s in first]
-        values, losses = zip(*seeds.values())
-        print(f"| {arm} | {rate} | {len(seeds)} | {spread(values)} | {spread(gains)} | "
-              f"{spread(losses)} |")
+        curves.setdefault((arm, rate), {})[seed] = [float(row[metric] or math.nan) for row in rows]
+        losses.setdefault((arm, rate), []).append(float(rows[-1]["train_loss"] or math.nan))
+    first = next(iter(curves.values()))
+    goal = statistics.mean(better * curve[-1] for curve in first.values())
+    print(f"| | rate | seeds | {metric} | gain, paired | train_loss | epochs to the first one's | "
+          "time, in its epochs |\n|---|---|---|---|---|---|---|---|")
+    for (arm, rate), seeds in curves.items():
+        last = [curve[-1] for curve in seeds.values()]
+        gains = [better * (seeds[s][-1] - first[s][-1]) for s in seeds if s in first]
+        epoch = reached([better * statistics.mean(values) for values in zip(*seeds.values())], goal)
+        time = f"{epoch * ratios[arm]:.2f}" if epoch and arm in ratios else ""
+        print(f"| {arm} | {rate} | {len(seeds)} | {spread(last)} | {spread(gains)} | "
+              f"{spread(losses[arm, rate])} | {f'{epoch:.2f}' if epoch else ''} | {time} |")
+
+
+def reached(values, goal):
+    """The epoch at which a line through the values of the epochs comes up to the goal; or None."""
+    for epoch, (before, value) in enumerate(zip([-math.inf, *values], values), 1):
+        if value >= goal:
+            return epoch - (value - goal) / (value - before)
 
 
 def spread(values):
@@ -307,10 +323,10 @@ def draw(results):
                                 layout="constrained")
     for axis, name in zip(axes[0], studies):
         draw_sensitivity(axis, name, {arm: last_losses(results, name, arm)
-                                      for arm in STUDIES[name].arms})
+                                      for arm, (_, rates) in STUDIES[name].arms.items() if rates})
     figure.savefig(folder / "sensitivity.png", dpi=110, bbox_inches="tight")
     if read(results, "cifar"):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
         draw_race(axes, logs(results, "cifar"), step_ratios(results))
         figure.savefig(folder / "race.png", dpi=110, bbox_inches="tight")
 
@@ -319,7 +335,8 @@ def draw_sensitivity(axis, name, losses):
     for arm, found in losses.items():
         rates = [lr for lr in sorted(found) if math.isfinite(found[lr])]
         best = min(rates, key=found.get, default=None)
-        axis.plot([lr / best for lr in rates], [found[lr] for lr in rates], ".-", label=arm)
+        axis.plot([lr / best for lr in rates], [found[lr] for lr in rates], ".-", label=arm,
+                  color=COLOURS[arm])
     axis.set(xscale="log", xlabel="learning rate / the best of this optimizer", title=name,
              ylabel="training loss of the last epoch")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -338,12 +355,14 @@ def draw_race(axes, found, ratios):
         runs = [[float(row["test_acc"] or math.nan) for row in rows]
                 for (a, *_), rows in found.items() if a == arm]
         means = [statistics.mean(values) for values in zip(*runs)]
-        epochs = range(1, len(means) + 1)
-        axes[0].plot(epochs, means, ".-", label=f"{arm} ({len(runs)})")
-        axes[1].plot([epoch * ratios[arm] for epoch in epochs], means, ".-",
-                     label=f"{arm} ({len(runs)})")
-    axes[0].set(xlabel="epoch", ylabel="test accuracy, %", title="at equal epochs")
-    axes[1].set(xlabel="time, in epochs of SGD", title="at equal time (ratios of bench.py)")
+        axes[0].plot(range(1, len(means) + 1), means, ".-", color=COLOURS[arm])
+        last = [run[-1] for run in runs]
+        axes[1].errorbar(len(means) * ratios[arm], means[-1],
+                         statistics.stdev(last) if last[1:] else None, fmt="o", capsize=3,
+                         color=COLOURS[arm], label=f"{arm} ({len(runs)})")
+    axes[0].set(xlabel="epoch", ylabel="test accuracy, %", title="while training")
+    axes[1].set(xlabel="time, in epochs of SGD (step ratios of bench.py)",
+                ylabel="test accuracy, %", title="at the end: accuracy against cost, ± std")
     axes[1].legend(fontsize=8, title="optimizer (seeds)", loc="upper left", bbox_to_anchor=(1, 1))
 
 

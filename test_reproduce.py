@@ -9,6 +9,8 @@ from reproduce import Arm, Study, Trial
 
 TINY = ("train_cifar.py --dataset shapes --train_size 16 --batch_size 8 --epoch 1 --model lenet5 "
         "--optim sgd")
+BENCH = "".join(f"{optim}  0.0 (0.9 to 1.1)  {ratio}  \n" for optim, ratio in
+                (("sgd", 1.0), ("mac", 1.05), ("adafisher", 1.0)))
 
 
 def write(folder, experiment, rows):
@@ -37,9 +39,12 @@ def test_search_goes_beyond_an_edge(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="cifar-search"):
         list(reproduce.trials(tmp_path, "cifar"))
     del arms["new"]
+    arms["in --other"] = Arm("--other", ())                     # at the best rate of "in"
+    assert list(reproduce.trials(tmp_path, "cifar-search")) == [
+        trial for trial in trials if trial.arm != "new"]
     assert [(trial.arm, trial.lr, trial.seed) for trial in reproduce.trials(tmp_path, "cifar")] == [
-        (arm, lr, seed) for seed in range(2) for arm, lr in (("low", 0.01), ("in", 0.3),
-                                                             ("high", 0.1))]
+        (arm, lr, seed) for seed in range(2) for arm, lr in (
+            ("low", 0.01), ("in", 0.3), ("high", 0.1), ("in --other", 0.3))]
 
 
 def test_runs_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -65,15 +70,19 @@ def test_comparison_by_hand(tmp_path, capsys):
     write(tmp_path, "cifar", [
         (arm, "0.1", seed, epoch, 1, acc if epoch == 2 else 0) for epoch in (1, 2)
         for arm, accs in (("sgd", (60, 70)), ("mac", (62, 74))) for seed, acc in enumerate(accs)])
+    (tmp_path / "bench-resnet20.txt").write_text(BENCH)
     reproduce.main(["--results", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "| mac | 0.1 | 2 | 68.000 ± 8.485 | 3.000 ± 1.414 | 1.000 ± 0.000 |"
+    epochs = 1 + 65 / 68                          # the line from 0 to 68 passes SGD's 65 here
+    assert lines[-1] == ("| mac | 0.1 | 2 | 68.000 ± 8.485 | 3.000 ± 1.414 | 1.000 ± 0.000 | "
+                         f"{epochs:.2f} | {1.05 * epochs:.2f} |")
+    assert lines[-2].endswith("| 2.00 | 2.00 |")
+    assert reproduce.reached([3, 4], 2) == 1 and reproduce.reached([0, 1], 2) is None
 
 
 def test_draws(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    row = "0.0 (0.9 to 1.1)  1.050  "
-    (tmp_path / "bench-resnet20.txt").write_text(f"mac  {row}\nadafisher  {row}\n")
+    (tmp_path / "bench-resnet20.txt").write_text(BENCH)
     for experiment in "cifar-search", "cifar":
         write(tmp_path, experiment, [("adamw", "0.1", 0, 1, 2, 50), ("mac", "0.1", 0, 1, "", ""),
                                      ("mac", "0.3", 0, 1, 1, 60)][:2 + (experiment != "cifar")])
