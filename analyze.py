@@ -45,14 +45,14 @@ import nysact
 from flags import (COUNT, OPTIMIZER_FLAGS, POSITIVE, RECIPES, SEED, Parser, number, user_path)
 from logs import METRICS, columns_of, compare_rows, group_runs, in_words, mean_std, read_logs
 from models import CIFAR_MODELS
-from probe import (attention_matrices, choose, layers_of, loss_at, output_gradients, run_ends,
-                   sample, second_moments, set_up, stages, surface, train_and_watch, train_placebo,
-                   trained_paths, training, watch_updates)
+from probe import (attention_matrices, choose, layers_of, loss_at, output_gradients, project,
+                   run_ends, sample, second_moments, set_up, stages, surface, train_and_watch,
+                   train_placebo, trained_paths, training, watch_updates)
 from ranks import UsageError, tell
 from run import Diverged, print_anything, write_file
 from spectra import (alignment, contraction, correlation, cosine_bound, gershgorin_discs, kaiser,
                      preconditioned_grams, principal_plane, signal_to_noise, spectrum,
-                     symmetric_noise, top_cosine, top_eigenvalues)
+                     symmetric_noise, top_eigenvalues)
 
 NAME = dict(type=str.lower, metavar="NAME")    # of a flag with many choices
 
@@ -174,50 +174,67 @@ def span(values, digits=3):
 # ---------------------------------------------------------------------------------------------
 
 def overview(args):
-    """What MAC does, at a glance, in three panels.
+    """What MAC does, at a glance, beside SGD at the same rate.
 
-    Inputs have one large direction: the eigenvalues of A in one layer. It is nearly the mean input
-    ā: |cos∠(v₁(A), ā)| in each layer. So MAC takes ā for A and shortens the gradient along it:
-    ‖G ā‖/(‖G‖ ‖ā‖) of the gradient G and of G̃ = G − (G ā) āᵀ/(ρ + ‖ā‖²), at the published ρ; the
-    rest of G stays as it is. The first layer is left out, which MAC treats by A itself.
+    Left: inputs a of one layer, seen along their mean ā and along the direction across it in which
+    the gradient is longest; and the gradient G, as a step of SGD and as MAC's, G̃ = G − (G ā) āᵀ/(ρ
+    + ‖ā‖²), the two drawn at one scale. Middle: the part of its length that a gradient has along
+    ā, ‖G ā‖/(‖G‖ ‖ā‖), in each layer but the first (which MAC treats by A itself), and what is left
+    of it. Both after --steps of SGD. Right: the loss meanwhile, and that of MAC from the same start
+    on the same batches, each a mean over the last 20 steps.
     """
-    (when, setup), = stages(args)
+    setup, other = set_up(args), set_up(args, "mac")
     layer, = choose(setup.net, args.layer, (0.5,))
-    rows, names, ρ = [], list(layers_of(setup.net))[1:], RECIPES["mac"]["damping"]
-    moments = second_moments(setup.net, sample(setup.data, args), [*names, layer])
-    values = {name: torch.linalg.eigvalsh(m.A).flip(0) for name, m in moments.items()}
-    for name in names:
+    losses = [[loss for step, loss in training(each, args.steps) if step]
+              for each in (setup, other)]
+    names, ρ = list(layers_of(setup.net))[1:], other.config["damping"]
+    batches = sample(setup.data, args)
+    moments = second_moments(setup.net, batches, dict.fromkeys([*names, layer]))
+
+    def steps(name):
+        """The mean's direction, G, and G̃."""
         m = moments[name]
-        x, applied = m.mean / m.mean.norm(), mac.precondition(m.G[None], m.mean[None], ρ)[0]
-        rows.append((name, (values[name][0] / values[name].sum()).item(), top_cosine(
-            m.A, m.mean).item(), *((G @ x).norm().item() / m.G.norm().item()
-                                   for G in (m.G, applied))))
-    share = (values[layer][0] / values[layer].sum()).item()
-    _, _, cosine, before, after = columns_of(rows, 0)
+        return m.mean / m.mean.norm(), m.G, mac.precondition(m.G[None], m.mean[None], ρ)[0]
+    along = []
+    for name in names:
+        u, *steps_of_both = steps(name)
+        along.append([(step @ u).norm().item() / steps_of_both[0].norm().item()
+                      for step in steps_of_both])
+    u, *arrows = steps(layer)
+    across = torch.linalg.svd(arrows[0] - (arrows[0] @ u)[:, None] * u).Vh[0]
+    arrows = [[(step @ v).norm().item() for v in (u, across)] for step in arrows]
+    points = project(setup.net, batches[0][0], layer, torch.stack([u, across]))
+    points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:1000]]
 
     def draw(picture):
-        left, middle, right = picture.subplots(1, 3)
-        shown = [v for v in values[layer][:40].tolist() if v > 1e-12 * values[layer][0]]
-        left.bar(range(1, len(shown) + 1), shown, color=["C3", *["C0"] * (len(shown) - 1)])
-        finish(left, f"eigenvalues of A = E[a aᵀ] in {layer}", "eigenvalue",
-               f"1. Inputs a share one direction: λ₁ is {100 * share:.0f} % of tr A")
-        depth = range(2, len(names) + 2)
-        middle.bar(depth, cosine, color="C3")
+        left, middle, right = picture.subplots(1, 3, width_ratios=(1.2, 1, 1))
+        left.plot(*points.T, ".", ms=3, color="0.75", label="inputs")
+        end = 1.1 * points[:, 0].quantile(0.99).item()
+        left.set_xlim(-0.1 * end, end)
+        size = 0.9 * min(end / arrows[0][0], left.get_ylim()[1] / arrows[0][1])
+        for (x, y), colour, label in zip(arrows, ("C0", "C3"), ("step of SGD", "step of MAC")):
+            left.annotate("", (size * x, size * y), (0, 0), arrowprops=dict(
+                arrowstyle="-|>", color=colour, lw=2.5, mutation_scale=18))
+            left.plot([], [], color=colour, lw=2.5, label=label)
+        finish(left, "along the mean input ā", "across it",
+               "Inputs lie to one side. MAC steps less far that way")
+        for values, colour, label in zip(zip(*along), ("C0", "C3"), ("SGD", "MAC")):
+            middle.plot(range(2, len(names) + 2), values, "o", ms=5, color=colour, label=label)
         middle.set_ylim(0, 1)
-        finish(middle, "layer", "|cosine(v₁, ā)|",
-               f"2. It is nearly their mean ā: cosine {min(cosine):.2f} to {max(cosine):.2f}")
-        right.vlines(depth, after, before, color="0.7")
-        right.plot(depth, before, "o", ms=5, color="C0", label="gradient G")
-        right.plot(depth, after, "v", ms=5, color="C3", label="MAC's G − (G ā) āᵀ/(ρ + ‖ā‖²)")
-        right.set_yscale("log")
-        right.xaxis.get_major_locator().set_params(integer=True)
-        finish(right, "layer", "length along ā, over ‖G‖",
-               "3. MAC shortens G along ā, and nothing else")
-    left = [100 * b / a for a, b in zip(before, after)]
-    publish(args, setup, when, f"""Of the gradient's part along the mean input of a layer MAC leaves
-        {span(left, 2)} %, and all of the rest, for one vector of state per layer.""",
-            ("layer", "share_of_first_eigenvalue", "cosine", "gradient_along_mean",
-             "update_along_mean"), rows, rows, (11.1, 3.5), draw)
+        finish(middle, "layer", "part of the step's length along ā",
+               "So in every layer")
+        for values, colour, label in zip(losses, ("C0", "C3"), ("SGD", "MAC")):
+            right.plot([statistics.mean(values[max(0, i - 19):i + 1]) for i in range(len(values))],
+                       color=colour, label=label)
+        finish(right, "step", "training loss", "And the loss falls faster, at the same rate")
+    sizes = [span([100 * values[i] for values in along], 2) for i in (0, 1)]
+    publish(args, setup, f"{args.steps} steps at lr {setup.config['lr']:g}", f"""{sizes[0]} % of a
+        gradient's length lie along the mean input of its layer, of MAC's step {sizes[1]} % of
+        that length; the rest is the same.""", ("of", "at", "sgd", "mac"),
+            [*(("length along the mean", name, *both) for name, both in zip(names, along)),
+             *(("loss", step, *both) for step, both in enumerate(zip(*losses), 1))],
+            [("length along the mean", name, *both) for name, both in zip(names, along)],
+            (11.1, 3.7), draw)
 
 
 def effect(args):
@@ -558,13 +575,14 @@ def fourier(args):
     def draw(picture):
         for line, factor in zip(picture.subplots(2, 4), "HS"):
             M = matrices[layer, factor]
-            shown = line[0].imshow(M / M.abs().max(), cmap="gray", interpolation="nearest")
+            shown = line[0].imshow((M / M.abs().max()).numpy(), cmap="gray",
+                                   interpolation="nearest")
             line[0].set_title(f"{factor} of {layer} / its largest entry", fontsize=9)
             line[0].set(xlabel="column", ylabel="row")
             picture.colorbar(shown, ax=line[0], shrink=0.8)
             for axis, X, title in zip(line[1:], (M, noisy[layer, factor], M.diagonal().diag()),
                                       ("as it is", "with noise", "the diagonal alone")):
-                shown = axis.imshow(spectrum(X), vmin=-80, interpolation="nearest",
+                shown = axis.imshow(spectrum(X).numpy(), vmin=-80, interpolation="nearest",
                                     extent=(-math.pi, math.pi, math.pi, -math.pi))
                 axis.set_title(f"spectrum of {factor}, {title}", fontsize=9)
                 axis.set(xlabel="frequency, rad", ylabel="frequency, rad")
@@ -750,7 +768,7 @@ def draw_curves(groups, metric, picture):
 TRAINED = dict(model="resnet20", optim="sgd", steps=60, batch_size=64)
 PROBED = TRAINED | dict(lr=0.01, images=256, from_run=None)
 FIGURES = {
-    "overview": (overview, PROBED | dict(lr=0.1, steps=300, layer=None)),
+    "overview": (overview, TRAINED | dict(lr=0.1, steps=300, images=256, layer=None)),
     "effect": (effect, TRAINED | dict(optim="mac", steps=100)),
     "spectra": (spectra, PROBED | dict(layer=None, layers="+")),
     "mean": (mean, PROBED),

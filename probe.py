@@ -192,6 +192,23 @@ def second_moments(net, batches, names):
     return found
 
 
+def project(net, x, name, directions):
+    """(rows, k): the rows of this layer's input in training, [a; 1] with a bias, times directions
+    (k, d)."""
+    net, inputs = copy.deepcopy(net).train(), []
+    layer = layers_of(net)[name]
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        net(x)
+    directions = directions.to(layer.weight)
+    d = layer.weight[0].numel()
+    layer.weight = nn.Parameter(directions[:, :d].reshape(-1, *layer.weight.shape[1:]))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(directions[:, d])
+    out = layer.forward(inputs[0]).detach()            # each direction is an output channel
+    return (out.flatten(2).mT if out.dim() == 4 else out).flatten(0, -2)
+
+
 def use_of(module, x, output):
     """The use that a Linear or Conv2d (groups = 1) made of its weight, from x to output."""
     if isinstance(module, nn.Linear):

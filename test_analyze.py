@@ -1,5 +1,6 @@
 """analyze.py: the numbers behind the figures, where the answer is known."""
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -93,6 +94,32 @@ def test_second_moments():
         close(m.G, torch.cat([g.reshape(len(layer.weight), -1) for g in G], 1), 1e-12)
         assert m.positions == len(rows) / len(x)
     assert all(p.grad is None for p in net.parameters())
+    U = randn(2, a.shape[1]), randn(2, 64)
+    close(probe.project(net, x, "0", U[0]), a @ U[0].mT, 1e-12)
+    close(probe.project(net, x, "3", U[1]), hidden @ U[1].mT, 1e-12)
+
+
+@pytest.mark.parametrize("figure", sorted(set(analyze.FIGURES) - {"compare"}))
+def test_figures(figure, tmp_path, monkeypatch, capsys):
+    """Each from its command to its files, on a few images."""
+    monkeypatch.setattr(probe.datasets, "load", lambda *_: analyze_data(64, 32, 10))
+    model = {"attention": "vit_nano_cifar", "nystrom": "resnet20"}.get(figure, "lenet5")
+    sizes = dict(model=model, steps=3, batch_size=8, images=8, samples=8, grid=3)
+    known = analyze.FIGURES[figure][1]
+    argv = [word for name, value in sizes.items() if name in known
+            for word in (f"--{name}", str(value))]
+    assert analyze.main([figure, *argv, "--output_dir", str(tmp_path)]) == 0
+    assert str(tmp_path) in capsys.readouterr().out                     # says where the files are
+    for table in tmp_path.glob("*.csv"):
+        rows = [line.split(",") for line in table.read_text(encoding="utf-8").splitlines()
+                if line[0] != "#"]
+        assert len(rows) > 2 and len(set(map(len, rows))) == 1
+    if importlib.util.find_spec("matplotlib"):
+        assert list(tmp_path.glob("*.png"))
+    if figure == "overview":                # MAC starts where SGD does, and is shorter along ā
+        values = {(of, at): (float(sgd), float(mac)) for of, at, sgd, mac in rows[1:]}
+        assert values["loss", "1"][0] == values["loss", "1"][1] != values["loss", "3"][1]
+        assert all(mac < sgd <= 1 for (of, _), (sgd, mac) in values.items() if of != "loss")
 
 
 def test_mean():
