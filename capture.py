@@ -20,12 +20,14 @@ One more use of a weight by such an operation is not noticed, except for those i
 import threading
 import types
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
@@ -314,14 +316,17 @@ class Watcher(TorchFunctionMode):
     def when_backpropagated(self, layer, use, sums, rows, out):
         """Add the sums to the layer's pending ones when the gradient of out arrives."""
         # A linear's output on more than two dimensions is a view; an in-place activation replaces
-        # the view's history, and a hook on it would never fire. Its base sees the gradient always.
-        (out._base if out._is_view() else out).register_hook(
-            partial(self.arrived, layer, layer.d, use, sums, rows))
+        # the view's history, and a hook on it would never fire. Its base sees the gradient always,
+        # and the base's node, what the model's own hooks made of it.
+        out = out._base if out._is_view() else out
+        out.grad_fn.register_prehook(
+            partial(self.arrived, layer, layer.d, use, sums, rows, out.output_nr))
 
     @torch.compiler.disable
-    def arrived(self, layer, d, use, sums, rows, grad):
-        optimizer, backward = self.optimizer(), torch._C._current_graph_task_id()
-        if optimizer is None or optimizer.ignores_gradients or layer.d != d:   # without bias since
+    def arrived(self, layer, d, use, sums, rows, number, grads):
+        grad, optimizer, backward = grads[number], self.optimizer(), torch._C._current_graph_task_id()
+        if grad is None or optimizer is None or optimizer.ignores_gradients \
+                or layer.d != d or not reaches(layer.weight):          # d: without its bias since
             return
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
         # and so are the sums that it left. (A sharded weight may have its gradient elsewhere.)
@@ -338,6 +343,16 @@ class Watcher(TorchFunctionMode):
 
 class Hook:
     """Switches the watcher on before a module's forward and off after it.
+
+def reaches(weight):
+    """Does this backward pass go to the weight? One to the inputs (a saliency map, the inner part
+    of a gradient penalty) gives it no gradient. Of a sharded weight that is not known: True."""
+    if is_sharded(weight):
+        return True
+    with suppress(RuntimeError):                   # of autograd.grad, one of whose inputs it is
+        return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    return True
+
 
     A copied or unpickled model gets an inert one, so a copy feeds nothing.
     """

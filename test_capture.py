@@ -284,6 +284,22 @@ class Small(nn.Module):
 
     def forward(self, x):
         x = self.attn(self.conv(x).flatten(2).mT)
+@only("kfac", "adafisherw")
+def test_gradient_that_hooks_change(make):
+    """A layer's output gradient is what the model's own hooks make of it, as its weight's is."""
+    def by_hook(module, args, out):
+        out.register_hook(lambda grad: 3 * grad)
+
+    def by_graph(module, args, out):
+        return 3 * out - 2 * out.detach()
+    ends = []
+    for tripled in (by_hook, by_graph):
+        net = small()
+        net.head.register_forward_hook(tripled)
+        ends.append(trained(make, net=net))
+    close(*ends, 1e-12)
+
+
         return self.head(F.linear(x.tanh(), self.mlp.weight, self.mlp.bias).mean(1))
 
 

@@ -117,6 +117,19 @@ def micro_batches(sizes):
     return each(work)
 
 
+def with_a_gradient_by_inputs(model, x, y):
+    """After the backward pass one that ends at the inputs, as for a saliency map."""
+    loss_of(model, x, y).backward()
+    z = (3 * x).requires_grad_()
+    torch.autograd.grad(loss_of(model, z, y), z)
+    loss_of(model, z, y).backward(inputs=[z])
+
+
+def with_an_empty_batch(model, x, y):
+    loss_of(model, x, y).backward()
+    model(x[:0]).sum().backward()
+
+
 def forwards_before_backwards(model, x, y):
     """Two micro-batches whose forward passes both come before the backward passes."""
     losses = [loss_of(model, part, labels) / 2 for part, labels in zip(x.chunk(2), y.chunk(2))]
@@ -127,6 +140,8 @@ def forwards_before_backwards(model, x, y):
 LOOPS = {
     "zero after forward": (zero_after_forward, 0), "zero by model": (zero_by_model, 0),
     "extra forwards": (each(extra_forwards), 0), "copies": (each(with_copies), 0),
+    "gradient by inputs": (each(with_a_gradient_by_inputs), 0),
+    "empty batch": (each(with_an_empty_batch), 0),
     "forwards before backwards": (each(forwards_before_backwards), 1e-11),
 } | {
     f"micro-batches of {sizes}": (micro_batches(sizes), 1e-11)
