@@ -245,7 +245,8 @@ class Watcher(TorchFunctionMode):
             return (layer, slice(0, layer.out), False) if layer.active else None
         base = weight._base if isinstance(weight, torch.Tensor) else None
         layer = self.layers.get(self.parameter(base))
-        if layer is None or not layer.active:
+        if layer is None or not layer.active or (
+                torch.is_grad_enabled() and weight.is_leaf):        # a view made without gradients
             return None
         if weight.dim() == 2 == base.dim() and weight.shape == base.shape[::-1] \
                 and weight.stride() == base.stride()[::-1]:

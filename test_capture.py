@@ -106,6 +106,13 @@ def functional(function):
     return lambda m, x: function(x, m.layer.weight, m.layer.bias)
 
 
+def constant_too(m, x):
+    """A use of the numbers in the weight, through which it gets no gradient."""
+    with torch.no_grad():
+        constant = m.layer.weight[:]
+    return m.layer(x) + F.linear(x ** 2, constant)
+
+
 def at_last(m, x):
     """A use that comes after a proper one."""
     return m.layer(x), torch.einsum("od,bd->bo", m.layer.weight, x)
@@ -149,6 +156,7 @@ EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out
     "a view of all rows": (plain_linear, lambda m, x: F.linear(x, m.layer.weight[:]), ROWS),
     "twice": (linear, lambda m, x: (m.layer(x[:2]), F.linear(x[2:] + 1, m.layer.weight,
                                                              m.layer.bias)), ROWS),
+    "without its gradient too": (plain_linear, constant_too, ROWS),
     "checkpointed function": (linear, lambda m, x: checkpoint(
         lambda x: F.linear(x.tanh(), m.layer.weight, m.layer.bias), x, use_reentrant=False), ROWS),
     "checkpointed module": (NORMED, lambda m, x: checkpoint(
