@@ -263,7 +263,8 @@ def split_dimensions(shape, token, row):
 def weighted_sum(x, t, token):
     """Σ t_i x_i over the tokens i (numbers of rows of x) that t belongs to: (d,)."""
     x = x.reshape(-1, x.shape[-1])
-    x, t, token = x.to(at_least_float32(x)), t.flatten().to(at_least_float32(x)), token.flatten()
+    x, token = x.to(at_least_float32(x)), token.flatten()
+    t = t.flatten().to(x)
     if len(token) != len(x) or (token != np.arange(len(x))).any():
         index = torch.from_numpy(token).to(x.device)
         t = t.new_zeros(len(x)).index_add_(0, index, t)

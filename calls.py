@@ -64,7 +64,8 @@ class Calls:
 
 def tensors(tree):
     """Those with dimensions among the leaves."""
-    return [x for x in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(x) and x.dim()]
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(x) and x.dim()
+            and not x.is_nested]
 
 
 def check_terms(loss_terms):

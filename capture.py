@@ -229,7 +229,7 @@ class Watcher(TorchFunctionMode):
         if (see is not None or self.attention is not None) and self.sees(out):
             if see is not None:
                 see(self, out, *args, **kwargs)
-            if self.attention is not None:
+            if self.attention is not None and not out.is_nested:
                 self.attention.see(func, out, args, kwargs)
         return out
 
@@ -268,6 +268,8 @@ class Watcher(TorchFunctionMode):
     def use_of(self, found, kind, x, out, bias, **details):
         """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
         layer, rows, _ = found
+        if x.is_nested or x.layout is not torch.strided:
+            return self.contradict(layer, "its input is nested or sparse")
         blocks, size = slice(0, layer.blocks), layer.out // layer.blocks
         if kind != layer.kind and (kind, layer.kind) != ("linear", "projection"):
             return self.contradict(layer, f"it is used as the weight of a {kind}")
@@ -342,9 +344,6 @@ class Watcher(TorchFunctionMode):
                 optimizer.add_gradient(layer, use, grad.detach().reshape(use.shape))
 
 
-class Hook:
-    """Switches the watcher on before a module's forward and off after it.
-
 def reaches(weight):
     """Does this backward pass go to the weight? One to the inputs (a saliency map, the inner part
     of a gradient penalty) gives it no gradient. Of a sharded weight that is not known: True."""
@@ -354,6 +353,9 @@ def reaches(weight):
         return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     return True
 
+
+class Hook:
+    """Switches the watcher on before a module's forward and off after it.
 
     A copied or unpickled model gets an inert one, so a copy feeds nothing.
     """

@@ -183,6 +183,9 @@ PLAIN_USES = {      # what the statistics do not describe, or nobody sees
     "standardised": (own(nn.Conv2d, standardised, 2, 8, 2), called, IMAGES),
     "weight norm": (parametrized(nn.utils.parametrizations.weight_norm), called, ROWS),
     "spectral norm": (parametrized(nn.utils.parametrizations.spectral_norm), called, ROWS),
+    "of a sparse input": (plain_linear, lambda m, x: x.to_sparse() @ m.layer.weight.t(), ROWS),
+    "of a nested input": (linear, lambda m, x: m.layer(torch.nested.nested_tensor(
+        [x[:2], x[2:]])).to_padded_tensor(0.0), ROWS),
     "some of its rows": (linear, lambda m, x: F.linear(
         x, m.layer.weight[:3], m.layer.bias[:3]), ROWS),
     "all its rows, in parts": (plain_linear, lambda m, x: torch.cat(
@@ -266,6 +269,7 @@ def test_use(use, method):
     assert listed(optimizer) == {"layer"}
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("method", SIX)
 @pytest.mark.parametrize("use", PLAIN_USES)
 def test_use_that_takes_the_plain_step(use, method):
@@ -280,18 +284,6 @@ def test_use_that_takes_the_plain_step(use, method):
     assert listed(optimizer) == {"beside"}
 
 
-# ---- what is no training pass ----
-
-class Small(nn.Module):
-    """A convolution, attention, a weight without its module, a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.attn = nn.Conv2d(3, 4, 3, stride=2), models.Attention(4, 2)
-        self.mlp, self.head = nn.Linear(4, 4), nn.Linear(4, 5)
-
-    def forward(self, x):
-        x = self.attn(self.conv(x).flatten(2).mT)
 @only("kfac", "adafisherw")
 def test_gradient_that_hooks_change(make):
     """A layer's output gradient is what the model's own hooks make of it, as its weight's is."""
@@ -308,6 +300,18 @@ def test_gradient_that_hooks_change(make):
     close(*ends, 1e-12)
 
 
+# ---- what is no training pass ----
+
+class Small(nn.Module):
+    """A convolution, attention, a weight without its module, a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.attn = nn.Conv2d(3, 4, 3, stride=2), models.Attention(4, 2)
+        self.mlp, self.head = nn.Linear(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.attn(self.conv(x).flatten(2).mT)
         return self.head(F.linear(x.tanh(), self.mlp.weight, self.mlp.bias).mean(1))
 
 
