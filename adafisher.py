@@ -109,7 +109,7 @@ import torch
 import torch.nn.functional as F
 
 from blocks import joined, stacks
-from optimizer import DECAY, PERIOD, POSITIVE, Preconditioner, running_mean
+from optimizer import DECAY, NOT_NEGATIVE, PERIOD, POSITIVE, Preconditioner, running_mean
 from patches import patch_sum
 from pooling import world_size
 from precision import at_least_float32, full_precision
@@ -208,9 +208,6 @@ def batch_norm_sum(x, eps, mean, var):
     σ2 = channel_squares(x - μ[:, None]) / rows
     m, v = (μ, σ2) if mean is None else (mean.to(x.dtype), var.to(x.dtype))
     return rows * (σ2 - v + (μ - m).square() - eps) / (v + eps)
-
-
-NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "a number, 0 or more")
 
 
 # ---- the optimizer ----
@@ -370,7 +367,7 @@ class AdaFisher(Preconditioner):
         found, ages = {}, {}
         for p, grad in zip(params, grads):
             state = self.state[p]
-            if "momentum_buffer" not in state:
+            if "moments" not in state:
                 state.update(momentum_buffer=torch.zeros_like(p), moments=0)
             state["moments"] += 1
             found[p] = local(state["momentum_buffer"])

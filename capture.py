@@ -327,10 +327,11 @@ class Watcher(TorchFunctionMode):
 
     @torch.compiler.disable
     def arrived(self, layer, d, use, sums, rows, number, grads):
-        grad, optimizer, backward = grads[number], self.optimizer(), torch._C._current_graph_task_id()
+        grad, optimizer = grads[number], self.optimizer()
         if grad is None or optimizer is None or optimizer.ignores_gradients \
                 or layer.d != d or not reaches(layer.weight):          # d: without its bias since
             return
+        backward = torch._C._current_graph_task_id()
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
         # and so are the sums that it left. (A sharded weight may have its gradient elsewhere.)
         earlier = layer.weight.grad is not None or is_sharded(layer.weight)

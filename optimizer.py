@@ -37,6 +37,7 @@ from precision import at_least_float32, full_precision
 from sharding import Unsharded, cut_otherwise, is_sharded, local
 
 POSITIVE = (lambda v: 0 < v < float("inf"), "a positive number")
+NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "a number, 0 or more")
 DECAY = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 PERIOD = (lambda v: v >= 1 and v % 1 == 0, "a whole number of steps, 1 or more")
 sgd_step = inspect.unwrap(torch.optim.SGD.step)   # without the step hooks, which ours already fires
@@ -84,8 +85,8 @@ class Preconditioner(torch.optim.Optimizer):
     # ---- groups and layers ----
 
     def fill(self, group):
-        for name in self.checks:
-            group.setdefault(name, self.defaults[name])
+        for name, value in self.defaults.items():
+            group.setdefault(name, value)
         return group
 
     def check(self, group):
@@ -173,7 +174,9 @@ class Preconditioner(torch.optim.Optimizer):
                 if "updates" in state:
                     state["step"] = self.steps
         self.watcher.reset()
-        self.watcher.on = any(layer.on for layer, _ in self.grouped())
+        # frozen ones too: who unfreezes them before the coming forward pass does not tell
+        self.watcher.on = any(layer.on and "plain" not in layer.found
+                              for layer in self.layers.values())
 
     @property
     def collecting(self):
@@ -224,20 +227,22 @@ class Preconditioner(torch.optim.Optimizer):
 
     def check_captured(self, found, due):
         """A step whose gradients came with no statistics at all is no step of this model's."""
-        name, idle = type(self).__name__, all(layer.weight.grad is None for layer, _ in due)
-        own = set() if found else {*self.model.parameters()}
-        if found:
-            self.captured = True
-        elif due and not any(layer.weight in own or is_sharded(layer.weight) for layer, _ in due):
+        if found or not due:
+            self.captured = self.captured or bool(found)
+            return
+        name, own = type(self).__name__, {*self.model.parameters()}
+        if not any(layer.weight in own or is_sharded(layer.weight) for layer, _ in due):
             raise RuntimeError(f"{name}: its parameters are the model's no more: fully_shard() "
                                f"replaces a model's parameters, so call it before {name} is made")
-        elif due and not (self.captured and idle):
+        if not self.captured or any(layer.weight.grad is not None and layer.weight.grad.any()
+                                    for layer, _ in due):            # else an empty batch
             raise RuntimeError(
                 f"{name}: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "
                 f"was the model compiled and called before {name} was made (then call the plain "
                 "model while optimizer.collecting), did zero_grad() come between backward() and "
-                "step(), or was backward() not called?")
+                "step(), was backward() not called, or is every weight computed before it is used "
+                "(then take torch.optim)?")
 
     def pooled(self, layers):
         """{layer: {name: Σ / rows}} of the layers that some rank saw. Drops their sums."""
@@ -284,12 +289,13 @@ class Preconditioner(torch.optim.Optimizer):
     def is_trial(self):
         """torch.distributed.checkpoint makes the state by a step of zero gradients at lr 0, before
         any other: then the state is made, of zeros, as a checkpoint fills it."""
-        if self.steps or any(float(group["lr"]) != 0 for group in self.param_groups) or any(
-                layer.pending for layer in self.layers.values()):
+        if self.steps or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.grad is not None:
-                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(p.grad.any() for p in params):                     # a warm-up that begins at lr 0
+            return False
+        for p in params:
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
         for layer, _ in self.grouped():
             state, like = self.state[layer.weight], local(layer.weight)
             state.update(updates=0, step=0)
@@ -356,7 +362,7 @@ class Preconditioner(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        for group in self.param_groups:      # a checkpoint of torch's SGD lacks our options
+        for group in self.param_groups:      # a checkpoint of torch's own lacks our options
             self.fill(group)
         if "model" not in self.__dict__:     # copied or unpickled
             self.model, self.steps, self.captured, self.hooked = None, 0, False, {}
@@ -411,15 +417,17 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
     (parameters and state stay) or cannot be factored (parameters stay).
     """
 
-    checks = dict(decoupled_weight_decay=(lambda v: v in (True, False), "True or False"),
+    checks = dict(lr=NOT_NEGATIVE, momentum=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE,
+                  decoupled_weight_decay=(lambda v: v in (True, False), "True or False"),
                   damping=POSITIVE, stat_decay=DECAY, tcov=PERIOD, tinv=PERIOD)
 
     def __init__(self, given):
         """given: the arguments of a method's constructor by name, as locals() has them there."""
         of_sgd = ("lr", "momentum", "nesterov", "weight_decay", "maximize", "foreach", "fused")
+        options = {name: given.get(name, False) for name in self.checks}
+        self.check(options)
         super().__init__(given["model"], given["params"],
-                         {name: given[name] for name in of_sgd if name in given},
-                         {name: given.get(name, False) for name in self.checks})
+                         {name: given[name] for name in of_sgd if name in given}, options)
 
     def take_step(self):
         """Statistics, refresh, precondition, momentum-SGD step. Afterwards p.grad is raw again."""

@@ -842,6 +842,65 @@ def test_all_weights_frozen(make):
     assert not torch.equal(net[0].bias, before)
 
 
+def test_unfrozen(make):
+    """Where all weights were frozen and others learned, the next batch counts."""
+    net = Uses(nn.Linear(4, 3), lambda m, x: m.layer(x + m.shift)).double()
+    net.shift = nn.Parameter(randn(4))
+    net.layer.requires_grad_(False)
+    optimizer = make(net, loss_terms=5)
+    for step in range(4):
+        net.layer.requires_grad_(step > 1)
+        optimizer.zero_grad()
+        net(randn(5, 4)).square().sum().backward()
+        optimizer.step()
+    assert optimizer.state[net.layer.weight]["updates"] == 1
+
+
+def test_step_of_an_empty_batch(make):
+    """Later than the first: nothing is added to the averages."""
+    net = make_net()
+    optimizer = make(net)
+    usual(net, optimizer, make_data(2))
+    optimizer.zero_grad()
+    net(make_data(1)[0][0][:0]).sum().backward()
+    optimizer.step()
+    assert optimizer.state[net.head.weight]["updates"] == 1
+
+
+@only(*SGD_FAMILY)
+@pytest.mark.filterwarnings("ignore:.* no weight")
+def test_warm_up_from_zero_without_layers(make):
+    """A first step at lr 0 is a step: its gradient is in the momentum."""
+    ends = []
+    for Optimizer in (make, torch.optim.SGD):
+        net = nn.Embedding(3, 3).double()
+        nn.init.ones_(net.weight)
+        optimizer = Optimizer(net if Optimizer is make else net.parameters(), lr=0.0, momentum=0.9,
+                              weight_decay=0.0)
+        for lr in (0.0, 0.1):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            net.weight.square().sum().backward()
+            optimizer.step()
+        ends.append(net.weight)
+    close(*ends, 1e-14)
+
+
+@pytest.mark.parametrize("Optimizer", (torch.optim.RMSprop, torch.optim.Adam))
+def test_checkpoint_of_another_optimizer(make, Optimizer):
+    """What it lacks is as when the optimizer was made."""
+    net, other = make_net(), make_net(1)
+    source = Optimizer(other.parameters(), lr=1e-3, **known(Optimizer, dict(momentum=0.9)))
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    source.step()
+    optimizer = make(net)
+    optimizer.load_state_dict(source.state_dict())
+    usual(net, optimizer, make_data(2))
+    assert optimizer.state[net.head.weight]["updates"] == 1
+    assert optimizer.param_groups[0]["tcov"] == 2 and optimizer.param_groups[0]["lr"] == 1e-3
+
+
 # ---- what is refused ----
 
 def test_arguments_refused(make):
@@ -850,18 +909,20 @@ def test_arguments_refused(make):
                tinv=(0, 1.5, math.inf, math.nan), rank=(0, 1.5, "10", None),
                seed=(-1, 2 ** 32, "0", None), sketch=("columns", 1), averaging=("mean",),
                fisher=("true",), inverse=("exact",), weight_sharing=("none",), loss_terms=("rows",),
-               kl_clip=(0.0, math.nan), weight_decay=(-0.1,), momentum=(-0.5,), lr=(-1.0,),
+               kl_clip=(0.0, math.nan), weight_decay=(-0.1, None), momentum=(-0.5, math.nan),
+               lr=(-1.0, math.nan, math.inf, "1"),
                decoupled_weight_decay=(2,))
     net = make_net()
     for name, values in known(make.Optimizer, bad).items():
         for value in values:
-            raises(ValueError, [name if name != "lr" else "r", str(value)],
+            raises(ValueError, [name, str(value)],
                    lambda: make.Optimizer(net, **{name: value}))
     params = [{"params": list(net.head.parameters()), "damping": -2}]
     raises(ValueError, ["damping", "-2"], lambda: make(net, params=params))
     optimizer = make(net, params=[net.conv1.weight])
-    group = dict(params=list(net.head.parameters()), tcov=0)
-    raises(ValueError, ["tcov", "0"], lambda: optimizer.add_param_group(group))
+    for wrong in (dict(tcov=0), dict(lr=-1)):
+        raises(ValueError, [*wrong], lambda: optimizer.add_param_group(
+            dict(params=list(net.head.parameters())) | wrong))
     assert len(optimizer.param_groups) == 1
     if issubclass(make.Optimizer, torch.optim.SGD):
         raises(ValueError, ["Nesterov"], lambda: make(net, momentum=0.0, nesterov=True))
