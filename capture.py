@@ -479,10 +479,11 @@ def other(watcher, out, *args, **kwargs):
 
 
 OTHERS = (torch.einsum, torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.bilinear, torch.mv,
-          torch.Tensor.mv, torch.tensordot, F.embedding, F.embedding_bag, torch.conv1d,
-          torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+          torch.Tensor.mv, torch.tensordot, torch.inner, torch.linalg.multi_dot, F.embedding,
+          F.embedding_bag, torch.convolution, torch.conv1d, torch.conv3d, torch.conv_transpose1d,
+          torch.conv_transpose2d, torch.conv_transpose3d)
 SEEN = dict.fromkeys(OTHERS, other) | {
     F.linear: linear, torch.conv2d: conv2d, torch.addmm: addmm, torch.Tensor.addmm: addmm,
     F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
-        (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm),
-        matmul)
+        (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.linalg.matmul, torch.mm,
+         torch.Tensor.mm), matmul)

@@ -145,6 +145,7 @@ EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out
     "@ w.T": (plain_linear, lambda m, x: x @ m.layer.weight.T, ROWS),
     "@ w.mT": (square, lambda m, x: x @ m.layer.weight.mT, (5, 9)),
     "matmul": (plain_linear, lambda m, x: torch.matmul(x, m.layer.weight.transpose(0, 1)), TOKENS),
+    "linalg.matmul": (plain_linear, lambda m, x: torch.linalg.matmul(x, m.layer.weight.T), TOKENS),
     "mm": (plain_linear, lambda m, x: x.mm(m.layer.weight.t()), ROWS),
     "mm, keyword": (plain_linear, lambda m, x: torch.mm(x, mat2=m.layer.weight.t()), ROWS),
     "addmm": (linear, lambda m, x: torch.addmm(m.layer.bias, x, m.layer.weight.t()), ROWS),
@@ -202,6 +203,8 @@ PLAIN_USES = {      # what the statistics do not describe, or nobody sees
         F.unfold(x, 2).mT, m.layer.weight.flatten(1)), IMAGES),
     "einsum": (plain_linear, lambda m, x: torch.einsum("od,bd->bo", m.layer.weight, x), ROWS),
     "a module, then einsum": (plain_linear, at_last, ROWS),
+    "a module and inner": (plain_linear, lambda m, x: (m.layer(x), torch.inner(
+        3 * x, m.layer.weight)), ROWS),
     "a module and embedding": (plain_linear, lambda m, x: (m.layer(x), F.embedding(
         torch.tensor([0, 3]), m.layer.weight)), ROWS),
     "addmm with factors": (linear, lambda m, x: torch.addmm(
