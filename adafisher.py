@@ -109,9 +109,9 @@ import torch
 import torch.nn.functional as F
 
 from blocks import joined, stacks
-from optimizer import DECAY, NOT_NEGATIVE, PERIOD, POSITIVE, Preconditioner, running_mean
+from optimizer import DECAY, NOT_NEGATIVE, PERIOD, POSITIVE, Preconditioner
 from patches import patch_sum
-from pooling import world_size
+from pooling import running_mean, world_size
 from precision import at_least_float32, full_precision
 from sharding import local, local_rows
 

@@ -260,10 +260,7 @@ class Watcher(TorchFunctionMode):
     def contradict(self, layer, why):
         """From now on the layer takes the plain step; a resumed run finds out anew."""
         layer.found = {"plain": why}
-        layer.drop()
-        state = self.optimizer().state.get(layer.weight, {})
-        for name in ("updates", "fixed", *layer.measured, *layer.prepared):
-            state.pop(name, None)
+        self.optimizer().forget(layer)
 
     def use_of(self, found, kind, x, out, bias, **details):
         """The use of a layer by this call, or None if the layer's statistics cannot describe it."""
@@ -401,6 +398,13 @@ def watch(model, watcher, hooked):
                 module.register_forward_hook(Leave(watcher, module), always_call=True))
         return held
     holds(model)
+
+
+def remove_hooks(hooked):
+    """When an optimizer is gone, its hooks should cost the model nothing."""
+    for handles in hooked.values():
+        for handle in handles:
+            handle.remove()
 
 
 def is_exporting():

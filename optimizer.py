@@ -31,8 +31,8 @@ import torch
 import torch.nn as nn
 
 from blocks import gradient_matrix, joined, replace_gradients, stacks
-from capture import Watcher, candidates, watch
-from pooling import agree, pool
+from capture import Watcher, candidates, remove_hooks, watch
+from pooling import agree, pool, running_mean
 from precision import at_least_float32, full_precision
 from sharding import Unsharded, cut_otherwise, is_sharded, local
 
@@ -73,7 +73,8 @@ class Preconditioner(torch.optim.Optimizer):
         super().__init__(model.parameters() if params is None else params, **torch_options)
         self.defaults.update(options)
         for group in self.param_groups:
-            self.check(self.fill(group))
+            group.update(self.defaults | group)
+            self.check(group)
         # fused SGD would take a GradScaler's steps itself, the skipped ones included
         self._step_supports_amp_scaling = False
         self.ready = True
@@ -83,11 +84,6 @@ class Preconditioner(torch.optim.Optimizer):
                           f"parameters ({', '.join(self.kinds)}), so all take the plain step")
 
     # ---- groups and layers ----
-
-    def fill(self, group):
-        for name, value in self.defaults.items():
-            group.setdefault(name, value)
-        return group
 
     def check(self, group):
         """Raise ValueError, naming the argument and its value, for what the step cannot use."""
@@ -131,10 +127,14 @@ class Preconditioner(torch.optim.Optimizer):
         """The layer was used with another bias than its module's (SwinV2's is computed): from now
         on its rows are a, not [a; 1], and its bias, if it has a gradient, takes the plain step."""
         layer.bias, layer.found["bias"] = None, "apart"
+        self.forget(layer)
+        self.set_up(layer)
+
+    def forget(self, layer):
+        """Drop a layer's statistics: they are not of what its uses have shown since."""
         layer.drop()
         for name in ("updates", "fixed", *layer.measured, *layer.prepared):
             self.state.get(layer.weight, {}).pop(name, None)
-        self.set_up(layer)
 
     def candidates(self):
         return candidates(self.model, self.kinds)
@@ -210,8 +210,7 @@ class Preconditioner(torch.optim.Optimizer):
                 state.pop(name, None)          # zeros of is_trial()
             for name, mean in found[layer].items():
                 if name in state and state["updates"] > 1:
-                    if state[name].dtype != mean.dtype:         # the model's was changed
-                        state[name] = state[name].to(mean.dtype)
+                    state[name] = state[name].to(mean.dtype)    # where the model's was changed
                     olds, means = averages.setdefault(
                         (state["updates"], self.past(group)), ([], []))
                     olds.append(state[name])
@@ -334,36 +333,34 @@ class Preconditioner(torch.optim.Optimizer):
 
     def restore(self, layer, saved):
         """A layer's statistics as they were saved, checked against what it measures."""
-        def fits():
-            return all(saved[name].shape == torch.Size(shape) for name, shape in
-                       (layer.measured | layer.prepared).items() if name in saved)
+        def misfits():
+            return [(name, shape) for name, shape in (layer.measured | layer.prepared).items()
+                    if name in saved and saved[name].shape != torch.Size(shape)]
         bias = layer.bias
-        if bias is not None and not fits():          # had it parted with its bias?
-            layer.bias = None
+        if bias is not None and misfits():           # had it parted with its bias?
+            layer.bias, layer.found["bias"] = None, "apart"
             self.set_up(layer)
-            if fits():
-                layer.found["bias"] = "apart"
-            else:
+            if misfits():
                 layer.bias = bias
+                del layer.found["bias"]
                 self.set_up(layer)
-        for name, shape in (layer.measured | layer.prepared).items():
-            if name not in saved:
-                if name in layer.measured and saved.get("updates"):
-                    raise ValueError(f"{type(self).__name__}: the checkpoint has no {name} of "
-                                     f"layer {layer.name}; was it saved with other options?")
-                continue
-            if saved[name].shape != torch.Size(shape):
-                raise ValueError(
-                    f"{type(self).__name__}: the checkpoint's {name} of layer {layer.name} is "
-                    f"{tuple(saved[name].shape)}, this model's {tuple(shape)}; is it of another "
-                    "network, or of another version of this program?")
-            self.state[layer.weight][name] = saved[name].to(
-                layer.weight.device, at_least_float32(layer.weight), copy=True)
+        where = f"of layer {layer.name}"
+        for name, shape in misfits():
+            raise ValueError(f"{type(self).__name__}: the checkpoint's {name} {where} is "
+                             f"{tuple(saved[name].shape)}, this model's {tuple(shape)}; is it of "
+                             "another network, or of another version of this program?")
+        for name in layer.measured | layer.prepared:
+            if name in saved:
+                self.state[layer.weight][name] = saved[name].to(
+                    layer.weight.device, at_least_float32(layer.weight), copy=True)
+            elif name in layer.measured and saved.get("updates"):
+                raise ValueError(f"{type(self).__name__}: the checkpoint has no {name} {where}; "
+                                 "was it saved with other options?")
 
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:      # a checkpoint of torch's own lacks our options
-            self.fill(group)
+            group.update(self.defaults | group)
         if "model" not in self.__dict__:     # copied or unpickled
             self.model, self.steps, self.captured, self.hooked = None, 0, False, {}
             self.watcher, self.ready = Watcher(self), False
@@ -378,7 +375,7 @@ class Preconditioner(torch.optim.Optimizer):
             lines.append(f"  {layer.name}: {layer.out}×{layer.d}, {self.how(layer)}, {n:,} bytes")
             size += n
             done |= {layer.weight, layer.bias}
-        reasons = {layer.weight: layer.found["plain"] for layer in self.layers.values()
+        reasons = {layer.weight: f" ({layer.found['plain']})" for layer in self.layers.values()
                    if "plain" in layer.found}
         named = dict(self.model.named_parameters()) if self.model is not None else {}
         given = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
@@ -386,8 +383,8 @@ class Preconditioner(torch.optim.Optimizer):
             if p in done:
                 numbers += p.numel()
             elif p in given:
-                name = name.removesuffix(".weight").removesuffix(".bias")
-                plain.append(name + (f" ({reasons[p]})" if p in reasons else ""))
+                plain.append(name.removesuffix(".weight").removesuffix(".bias")
+                             + reasons.get(p, ""))
         share = numbers / max(1, sum(p.numel() for p in given))
         return "\n".join([super().__repr__(), f"preconditioned: {len(lines)} weights, "
                           f"{share:.1%} of all numbers, {size:,} bytes of statistics"
@@ -491,8 +488,7 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
             blocks = len(next(iter(prepared.values())))
             G = gradient_matrix(layers, blocks // len(layers), self.row_by_row)
             G = G.unflatten(0, (blocks, len(G) // blocks))
-            prepared = {name: x if x.dtype == G.dtype else x.to(G.dtype)
-                        for name, x in prepared.items()}
+            prepared = {name: x.to(G.dtype) for name, x in prepared.items()}
             found.append((layers, G, self.apply(G, damping, **prepared)))
         self.rescale(found)
         for layers, _, new in found:
@@ -500,23 +496,3 @@ class PreconditionedSGD(Preconditioner, torch.optim.SGD):
 
     def rescale(self, found):
         """What is to be done with all G̃ together: found lists (layers, G, G̃)."""
-
-
-# ---- mathematics and gradients ----
-
-def running_mean(old, batch, updates, decay):
-    """The bias-corrected averages after `updates` batches, in place on all of old.
-
-    With m_k = β m_{k−1} + (1 − β) x_k, m_0 = 0, the corrected m̂_k = m_k/(1 − βᵏ) satisfies
-    (1 − βᵏ) m̂_k = β(1 − βᵏ⁻¹) m̂_{k−1} + (1 − β) x_k = (1 − βᵏ − (1 − β)) m̂_{k−1} + (1 − β) x_k:
-    m̂_k = m̂_{k−1} + w (x_k − m̂_{k−1}), so the corrected average itself is what is stored.
-    """
-    torch._foreach_lerp_(old, batch, (1 - decay) / (1 - decay ** updates))
-    return old
-
-
-def remove_hooks(hooked):
-    """When an optimizer is gone, its hooks should cost the model nothing."""
-    for handles in hooked.values():
-        for handle in handles:
-            handle.remove()

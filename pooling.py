@@ -1,4 +1,7 @@
-"""Sums of all layers, pooled over the ranks of torch.distributed; one process needs no group."""
+"""Sums of all layers, pooled over the ranks of torch.distributed, and their averages over steps.
+
+One process needs no group.
+"""
 import hashlib
 from math import isfinite
 
@@ -73,3 +76,14 @@ def agree(layers, merge):
                                "of them (ZeroRedundancyOptimizer divides them: use fully_shard)")
     for layer in layers:
         merge(layer, [theirs.get(layer.name, {}) for theirs in everyone])
+
+
+def running_mean(old, batch, updates, decay):
+    """The bias-corrected averages after `updates` batches, in place on all of old.
+
+    With m_k = β m_{k−1} + (1 − β) x_k, m_0 = 0, the corrected m̂_k = m_k/(1 − βᵏ) satisfies
+    (1 − βᵏ) m̂_k = β(1 − βᵏ⁻¹) m̂_{k−1} + (1 − β) x_k = (1 − βᵏ − (1 − β)) m̂_{k−1} + (1 − β) x_k:
+    m̂_k = m̂_{k−1} + w (x_k − m̂_{k−1}), so the corrected average itself is what is stored.
+    """
+    torch._foreach_lerp_(old, batch, (1 - decay) / (1 - decay ** updates))
+    return old
