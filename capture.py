@@ -236,7 +236,7 @@ class Watcher(TorchFunctionMode):
     def sees(self, out):
         """A plain tensor that will be backpropagated: no fake or functional one, no transform's."""
         return (torch.is_grad_enabled() and type(out) is torch.Tensor and out.requires_grad
-                and out.numel() > 0 and torch._C._functorch.peek_interpreter_stack() is None)
+                and out.numel() > 0 and not is_transformed(out))
 
     def find(self, weight):
         """(layer, its rows that this tensor holds, is it transposed?) or None."""
@@ -325,8 +325,9 @@ class Watcher(TorchFunctionMode):
     @torch.compiler.disable
     def arrived(self, layer, d, use, sums, rows, number, grads):
         grad, optimizer = grads[number], self.optimizer()
-        if grad is None or optimizer is None or optimizer.ignores_gradients \
-                or layer.d != d or not reaches(layer.weight):          # d: without its bias since
+        if grad is None or is_transformed(grad) or optimizer is None \
+                or optimizer.ignores_gradients or not reaches(layer.weight) \
+                or layer.d != d:                                        # without its bias since
             return
         backward = torch._C._current_graph_task_id()
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
@@ -350,6 +351,12 @@ def reaches(weight):
     with suppress(RuntimeError):                   # of autograd.grad, one of whose inputs it is
         return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     return True
+
+
+def is_transformed(x):
+    """Is x torch.func's, or a batch of gradients (is_grads_batched)?"""
+    return (torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 class Hook:

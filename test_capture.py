@@ -328,6 +328,13 @@ def reference(make):
     return trained(make, net=small())
 
 
+def batched_gradients(net, x):
+    """By the weights, for all outputs at once."""
+    y = net(x)
+    torch.autograd.grad(y, list(net.parameters()), torch.eye(5)[:, None].to(y).expand(5, *y.shape),
+                        is_grads_batched=True)
+
+
 def with_jvp(net, x):
     with sdpa_kernel(SDPBackend.MATH):                 # the others cannot
         torch.func.jvp(net, (x,), (torch.ones_like(x),))
@@ -380,7 +387,7 @@ def raising(net, x):
 TOOLS = dict(
     vmap=lambda net, x: torch.vmap(lambda one: net(one[None])[0])(x), jvp=with_jvp,
     forward_mode=forward_mode, per_sample=per_sample_gradients, functional_call=other_parameters,
-    hessian=hessian_product, fake=fake, exception=raising, make_fx=lambda net, x: make_fx(net)(x),
+    hessian=hessian_product, batched=batched_gradients, fake=fake, exception=raising, make_fx=lambda net, x: make_fx(net)(x),
     export=lambda net, x: torch.export.export(net, (x,), strict=False),
     strict_export=lambda net, x: torch.export.export(net, (x,), strict=True),
     trace=lambda net, x: torch.jit.trace(net, x, check_trace=False),
