@@ -256,7 +256,10 @@ class MAC(PreconditionedSGD):
         layer.drop()
         try:
             for batch in batches:
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
+                x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+                if not torch.is_tensor(x):
+                    raise TypeError("MAC: calibrate() takes batches that are tensors, or tuples "
+                                    f"that begin with one, not with {type(x).__name__}")
                 try:
                     with Calibration(self):
                         model(x.to(layer.weight.device))
@@ -270,7 +273,7 @@ class MAC(PreconditionedSGD):
                 buffer.copy_(value)
         if not layer.active:
             raise ValueError(f"MAC: calibrate()'s layer, {layer.name}, takes the plain step: "
-                             f"{layer.found['plain']}")
+                             f"{layer.found.get('plain', 'its weight is frozen')}")
         found = self.pooled([layer])
         if not found:
             raise ValueError("MAC: calibrate() got no batch")

@@ -1328,6 +1328,12 @@ def test_mac_refuses():
     raises(ValueError, ["calibrate", "no batch"], lambda: MAC(make_net()).calibrate([]))
     raises(ValueError, ["calibrate", "no first layer"],
            lambda: MAC(models.Attention(4, 2)).calibrate([torch.zeros(1, 2, 4)]))
+    raises(TypeError, ["calibrate", "dict"], lambda: MAC(make_net()).calibrate([{"x": 1}]))
+    frozen = make_net()
+    optimizer = MAC(frozen)
+    frozen.conv1.requires_grad_(False)
+    raises(ValueError, ["calibrate", "conv1", "frozen"],
+           lambda: optimizer.calibrate([make_data(1)[0]]))
     net = nn.Sequential(linear())          # A₁ + ρI that float32 cannot tell from a singular A₁
     optimizer, before = MAC(net, damping=1e-6), net[0].weight.detach().clone()
     net(1e4 * torch.randn(2, 4)).sum().backward()
