@@ -11,8 +11,9 @@ with v (before dropout, if there is any).
 Not followed, so that v takes the plain mean: scores that are changed after their softmax other than
 by dropout or a cast (talking heads), attention over channels or without a batch, keys that the
 module adds itself, values or scores that are changed in place, einsum, flex_attention, arguments of
-products by keyword, and a function (no module) under reentrant checkpointing. A v that is used
-besides (a residual) is described by T X alone.
+products by keyword, a function (no module) under reentrant checkpointing, and an X that is gone by
+then (autocast saves a copy of it instead, so that v(norm(x)) in one expression loses it). A v that
+is used besides (a residual) is described by T X alone.
 """
 import threading
 import weakref

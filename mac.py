@@ -17,11 +17,12 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
     symbol   in code                  shape
     G        G                        (blocks, out/blocks, d); d = C/groups·kh·kw in convolutions,
                                       + 1 for bias
-    ā        state "mean"             (groups, d) in a convolution; else (1, d), of q, k and v in
-                                      one nn.MultiheadAttention (3, d), and one more below: (6)
+    ā        state "mean"             (groups, d) in a convolution; else (2, d), or (4, d) for q, k
+                                      and v of nn.MultiheadAttention: the last is that of (6)
              state "applied"          the ā in use, renewed every tinv steps
-             state "values"           2ⁿ plus the sum of 2ⁱ over the blocks i of v, where rows of
-                                      q, k, v are n blocks; −1: no attention was seen
+             state "values"           which rows of W take the last: cut into n equal blocks, those
+                                      of v are the blocks i with bit i in this number, above which
+                                      bit n is set; −1: no attention was seen
     A₁       state "covariance"       (blocks, d(d+1)/2), its lower triangle by rows; its Cholesky
                                       factor: state "factor" (blocks, d, d); first layer only
              state "fixed"            True after calibrate: A₁ is averaged no more
@@ -58,10 +59,10 @@ The plain inverse is this multiplier divided by ρ, and the same at ρ = 1.
 
 WHY (5). Images normalised to zero mean have ā ≈ 0: their mean says nothing.
 So the first layer keeps its small exact covariance (d = 27 for a 3×3 convolution on RGB).
-That reason needs a layer which reads the model's input, and reads it alone: there is none where an
-embedding, a recurrent layer or projections to q, k, v come first in modules(). Else it is the first
-trainable layer, as published, though frozen ones may stand before it; input_covariance=False or the
-name of a layer decides otherwise.
+That reason needs a layer which reads the model's input, and reads it alone.
+So no layer has A₁ where an embedding, a recurrent layer or projections to q, k, v come first in
+modules(). Elsewhere it is the first layer that is trained, as published (frozen ones may stand
+before it). input_covariance names another layer, or is False: no layer.
 
 WHY (6). One head: V = X W_Vᵀ, T = softmax(QKᵀ/√d_h), O = T V. So O = (T X) W_Vᵀ.
 Then the gradient of W_V is (∂loss/∂O)ᵀ (T X): the rows that W_V multiplies are those of T X.
@@ -296,11 +297,11 @@ class MAC(PreconditionedSGD):
         return bool(layer.found["values"][1])
 
     def divide(self, layer, blocks, values):
-        """The rows of the layer's weight are so many blocks, of which these made values; none after
-        others did than before, for which no mean would be right."""
+        """Note that the weight's rows are so many equal blocks, and which of them made values: none,
+        once other rows did than before, for then no mean is right for either."""
         state = self.state.get(layer.weight, {})
         if "values" not in layer.found and values:
-            for name in ("mean", "applied"):           # of values the plain mean has been, so far
+            for name in ("mean", "applied"):           # so far v had the plain mean
                 if name in state:
                     state[name][-1] = state[name][values[0] * layer.blocks // blocks]
         layer.found["values"] = blocks, tuple(values)
@@ -326,7 +327,7 @@ class MAC(PreconditionedSGD):
         return 2 ** blocks + sum(2 ** i for i in values) if blocks else -1
 
     def divisors(self, layer, name, rows):
-        """A step whose attention was not followed adds nothing: its rows of v are unknown."""
+        """A step whose attention was not followed adds nothing: what met the rows of v is unknown."""
         return rows if all(rows[i] for i in self.means_of(layer)) else [0] * len(rows)
 
     def merge(self, layer, everyone):
