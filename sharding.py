@@ -6,7 +6,7 @@ those of its own samples, and the all-reduce that ranks need anyway makes one A 
 multiplies its rows of G, steps with its rows of W and its rows of momentum, and no gradient
 travels. (AdaFisher's F̃ = λ + S′ H′ᵀ has a row for each entry of S′, of which a rank takes its own.)
 P⁻¹ G (A + ρI)⁻¹ mixes rows, so K-FAC gathers G first, and each rank keeps its rows of the result;
-so do all methods with a weight that is stored (d, out), of which the pieces are columns of W.
+so do MAC, NysAct and FOOF where a weight is stored (d, out): its pieces are columns of W.
 
 Which weight it is. fully_shard replaces the parameters of a model by DTensors, which the optimizer
 holds; while a module runs, the whole weight, a plain Parameter, stands in the attribute's place.
