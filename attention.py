@@ -11,9 +11,8 @@ with v (before dropout, if there is any).
 Not followed, so that v takes the plain mean: scores that are changed after their softmax other than
 by dropout or a cast (talking heads), attention over channels or without a batch, keys that the
 module adds itself, values or scores that are changed in place, einsum, flex_attention, arguments of
-products by keyword, a function (no module) under reentrant checkpointing, and an X that is gone by
-then (autocast saves a copy of it instead, so that v(norm(x)) in one expression loses it). A v that
-is used besides (a residual) is described by T X alone.
+products by keyword, and a function (no module) under reentrant checkpointing. A v that is used
+besides (a residual) is described by T X alone.
 """
 import threading
 import weakref
@@ -140,12 +139,23 @@ class Attention:
         """T: Tᵀ1 (..., S) and what else belongs to it."""
         return self.local.__dict__.setdefault("scores", WeakIdKeyDictionary())
 
-    def forget(self):
-        self.local.__dict__.clear()
+    @property
+    def casts(self):
+        """(depth, x): inputs that nobody else may hold, and how deep in modules they were met."""
+        return self.local.__dict__.setdefault("casts", [])
+
+    def left(self, depth):
+        """So many watched modules are still being called: a linear layer is left first, then the
+        module that attends."""
+        self.casts[:] = [(met, x) for met, x in self.casts if met <= depth + 1]
+        if depth == 0:
+            self.local.__dict__.clear()
 
     def note(self, layer, rows, x, out):
         """A linear layer's output (..., out) from its input x (..., d)."""
         if fills_memory(out):
+            if x.dtype != out.dtype:           # autocast: what the graph keeps is a copy of x
+                self.casts.append((len(self.watcher.inside), x))
             self.places[memory(out)] = Origin(layer, weakref.ref(x), rows.start, out.shape[-1],
                                               out._version)
 

@@ -205,8 +205,8 @@ class Watcher(TorchFunctionMode):
             self.local.optimizer = None
             if self.calls is not None:
                 self.calls.end(output)
-            if self.attention is not None:
-                self.attention.forget()
+        if self.attention is not None:
+            self.attention.left(len(self.inside))
 
     def reset(self):
         """End a forward pass that was interrupted (Ctrl-C), which calls no hooks."""
