@@ -133,7 +133,7 @@ def candidates(model, kinds):
 def layers_of(name, module):
     """The Layers of one module itself; parametrized weights are computed, so there are none."""
     own = {key: p for key, p in module._parameters.items()
-           if p is not None and not nn.parameter.is_lazy(p) and p.numel()}
+           if p is not None and p.numel()}          # of a lazy one torch says what to do: an error
     weight, bias = own.get("weight"), own.get("bias")
     if isinstance(module, nn.MultiheadAttention):
         E, b = module.embed_dim, own.get("in_proj_bias")
@@ -325,9 +325,8 @@ class Watcher(TorchFunctionMode):
     @torch.compiler.disable
     def arrived(self, layer, d, use, sums, rows, number, grads):
         grad, optimizer = grads[number], self.optimizer()
-        if grad is None or is_transformed(grad) or optimizer is None \
-                or optimizer.ignores_gradients or not reaches(layer.weight) \
-                or layer.d != d:                                        # without its bias since
+        if layer.d != d or grad is None or optimizer is None or optimizer.ignores_gradients \
+                or is_transformed(grad) or not reaches(layer.weight):    # d: has a bias gone since?
             return
         backward = torch._C._current_graph_task_id()
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
@@ -344,12 +343,11 @@ class Watcher(TorchFunctionMode):
 
 
 def reaches(weight):
-    """Does this backward pass go to the weight? One to the inputs (a saliency map, the inner part
-    of a gradient penalty) gives it no gradient. Of a sharded weight that is not known: True."""
-    if is_sharded(weight):
-        return True
-    with suppress(RuntimeError):                   # of autograd.grad, one of whose inputs it is
-        return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    """Does this backward pass go to the weight, as one by inputs (a saliency map, the inner part
+    of a gradient penalty) does not? Of a sharded weight that is not known, so True."""
+    with suppress(RuntimeError):                   # of autograd.grad, where the weight is an input
+        return is_sharded(weight) or torch._C._will_engine_execute_node(
+            get_gradient_edge(weight).node)
     return True
 
 
@@ -371,18 +369,21 @@ class Hook:
     def __reduce__(self):
         return type(self), ()
 
+    def works(self, module):
+        exporting = getattr(torch.compiler, "is_exporting", bool)            # torch 2.6 has none
+        return (self.watcher is not None and self.watcher.on and module is self.module
+                and not exporting())
+
 
 class Enter(Hook):
     def __call__(self, module, args, kwargs):
-        if self.watcher is not None and self.watcher.on and module is self.module \
-                and not is_exporting():
+        if self.works(module):
             self.watcher.enter(module, args, kwargs)
 
 
 class Leave(Hook):
     def __call__(self, module, args, output):
-        if self.watcher is not None and self.watcher.on and module is self.module \
-                and not is_exporting():
+        if self.works(module):
             if isinstance(module, nn.SyncBatchNorm) and args and self.watcher.sees(output) \
                     and output.grad_fn.name() == "SyncBatchNormBackward":
                 # over several processes it is an autograd function, which the mode does not see
@@ -412,10 +413,6 @@ def remove_hooks(hooked):
     for handles in hooked.values():
         for handle in handles:
             handle.remove()
-
-
-def is_exporting():
-    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
 
 
 # torch's own function without its first line, which would hand the call back to the watcher

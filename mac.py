@@ -297,8 +297,8 @@ class MAC(PreconditionedSGD):
         return bool(layer.found["values"][1])
 
     def divide(self, layer, blocks, values):
-        """Note that the weight's rows are so many equal blocks, and which of them made values: none,
-        once other rows did than before, for then no mean is right for either."""
+        """Note that the weight's rows are so many equal blocks, and which made values: none, once
+        others did than before, for then no mean is right for either."""
         state = self.state.get(layer.weight, {})
         if "values" not in layer.found and values:
             for name in ("mean", "applied"):           # so far v had the plain mean
@@ -327,7 +327,7 @@ class MAC(PreconditionedSGD):
         return 2 ** blocks + sum(2 ** i for i in values) if blocks else -1
 
     def divisors(self, layer, name, rows):
-        """A step whose attention was not followed adds nothing: what met the rows of v is unknown."""
+        """A step whose attention was not followed adds nothing: what met v's rows is unknown."""
         return rows if all(rows[i] for i in self.means_of(layer)) else [0] * len(rows)
 
     def merge(self, layer, everyone):

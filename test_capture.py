@@ -387,7 +387,8 @@ def raising(net, x):
 TOOLS = dict(
     vmap=lambda net, x: torch.vmap(lambda one: net(one[None])[0])(x), jvp=with_jvp,
     forward_mode=forward_mode, per_sample=per_sample_gradients, functional_call=other_parameters,
-    hessian=hessian_product, batched=batched_gradients, fake=fake, exception=raising, make_fx=lambda net, x: make_fx(net)(x),
+    hessian=hessian_product, batched=batched_gradients, fake=fake, exception=raising,
+    make_fx=lambda net, x: make_fx(net)(x),
     export=lambda net, x: torch.export.export(net, (x,), strict=False),
     strict_export=lambda net, x: torch.export.export(net, (x,), strict=True),
     trace=lambda net, x: torch.jit.trace(net, x, check_trace=False),

@@ -1044,7 +1044,7 @@ def test_mac_without_attention():
 
 @pytest.mark.parametrize("mode", ("float32", "autocast", "bfloat16 weights"))
 def test_mac_attention_precision(mode):
-    """(6) in float32 of the q and k that were used, norms included, and of an X that has no name."""
+    """(6) in float32 of the q and k that were used, norms included, and of an X without a name."""
     def attend(m, x):
         q, k, v = thirds(m.qkv(x * 1))
         seen.extend(F.layer_norm(y, y.shape[-1:]) for y in (q, k))

@@ -930,6 +930,7 @@ def test_arguments_refused(make):
         make(nn.Sequential(nn.Embedding(3, 3)))
     raises(TypeError, ["torch.nn.Module", "params="], lambda: make.Optimizer(net.parameters()))
     raises(TypeError, ["DataParallel"], lambda: make(nn.DataParallel(net)))
+    raises(ValueError, ["uninitialized", "dummy batch"], lambda: make(nn.LazyLinear(3)))
 
 
 DEFAULTS = dict(
