@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.graph import get_gradient_edge
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
 from patches import Geometry
@@ -185,8 +186,8 @@ class Watcher(TorchFunctionMode):
     @torch.compiler.disable
     def enter(self, module, args, kwargs):
         if not self.inside:
-            if torch.jit.is_tracing() or self.optimizer() is None:
-                return
+            if torch.jit.is_tracing() or get_proxy_mode() or self.optimizer() is None:
+                return                                           # get_proxy_mode: of make_fx
             if self.calls is not None:
                 self.calls.begin(args, kwargs)
             self.local.optimizer = self.optimizer()    # it lives, and so do its hooks, to the end

@@ -384,11 +384,18 @@ def raising(net, x):
     handle.remove()
 
 
+def traced_graph(net, x):
+    """The same as a copy's, whose hooks are inert."""
+    watched, plain = ([node.target for node in make_fx(model)(x).graph.nodes]
+                      for model in (net, copy.deepcopy(net)))
+    assert list(map(str, watched)) == list(map(str, plain))
+
+
 TOOLS = dict(
     vmap=lambda net, x: torch.vmap(lambda one: net(one[None])[0])(x), jvp=with_jvp,
     forward_mode=forward_mode, per_sample=per_sample_gradients, functional_call=other_parameters,
     hessian=hessian_product, batched=batched_gradients, fake=fake, exception=raising,
-    make_fx=lambda net, x: make_fx(net)(x),
+    make_fx=traced_graph,
     export=lambda net, x: torch.export.export(net, (x,), strict=False),
     strict_export=lambda net, x: torch.export.export(net, (x,), strict=True),
     trace=lambda net, x: torch.jit.trace(net, x, check_trace=False),
