@@ -54,13 +54,15 @@ OURS = {"mac": MAC, "nysact": NysAct, "foof": FOOF, "kfac": KFAC, "adafisher": A
 
 def number(kind, rule, words):
     """An argparse type: a number for which rule holds, described by words in the error."""
+    limit = ", at most 1e15" if rule(10 ** 15) else ""           # float32 has room left
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (rule(value) and value <= 1e15):      # of nan neither holds; float32 has room left
-            raise argparse.ArgumentTypeError(f"'{text}' is not {words}, at most 1e15")
+        if not (rule(value) and value <= 1e15):                  # of nan neither holds
+            raise argparse.ArgumentTypeError(f"'{text}' is not {words}{limit}")
         return value
     parse.metavar = "N" if kind is int else "X"
     return parse
@@ -76,6 +78,8 @@ SEED = number(int, lambda v: 0 <= v < 2 ** 31, "a whole number from 0 to 2147483
 
 def user_path(text):
     """An argparse type: a path, with ~ and ~user expanded."""
+    if not text:                 # of a variable that is not set; it would mean this very folder
+        raise argparse.ArgumentTypeError("it is empty, and is to name a file or a folder")
     try:
         return expand(text)
     except DataError as error:
