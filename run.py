@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from download import DataError
-from ranks import Stop, UsageError, set_whole_state, tell, whole_state
+from ranks import Stop, UsageError, first, set_whole_state, tell, whole_state
 
 
 class Diverged(Exception):
@@ -72,7 +72,8 @@ def write_file(path, write):
 
 def write_json(path, content):
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_file(path, lambda file: file.write(text.encode()))
+    # of the surrogates, which stand for bytes of a path that are no UTF-8, this makes JSON's \udce9
+    write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def read_checkpoint(path):
@@ -80,9 +81,9 @@ def read_checkpoint(path):
         damaged = zipfile.ZipFile(path).testzip()      # checks what torch.load does not: the CRCs
         if damaged:
             raise zipfile.BadZipFile(damaged)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(saved, config=dict(saved["config"]), log=list(saved["log"]),
-                    partial=saved["partial"] and dict(saved["partial"]))
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
+        return saved | dict(config=dict(saved["config"]), log=list(map(dict, saved["log"])),
+                            partial=saved["partial"] and dict(saved["partial"]))
     except Exception as error:   # torch.load raises half a dozen kinds for a damaged file
         raise UsageError(f"{path} cannot be read, it is damaged or not a checkpoint of this script "
                          f"({type(error).__name__}); move it away to start this run anew")
@@ -121,7 +122,11 @@ def lock(folder):
 
     A lock of this kind (POSIX) is not inherited by workers, which may outlive a killed process.
     """
-    file = open(folder / ".lock", "a")
+    try:
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        raise UsageError(f"{folder}/.lock cannot be opened ({error.strerror}): name another folder "
+                         "with --output_dir")
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,7 +247,8 @@ class Run:
                              "or name another folder with --output_dir")
         if differ:
             names = ", ".join(f"--{name} (was {old.get(name)}, now {config.get(name)})"
-                              for name in differ)
+                              for name in differ[:4])
+            names += f" and {len(differ) - 4} more" if len(differ) > 4 else ""
             why = "" if differ != ["epochs"] else "; the schedule's rates depend on the number " \
                 "of epochs, so the ones done would have been others"
             raise UsageError(f"{path} belongs to another configuration, {names}{why}: repeat its "
@@ -257,11 +263,12 @@ class Run:
                     part.load_state_dict(saved[name])
             if sharded:
                 set_whole_state(*map(self.parts.get, sharded), *map(saved.get, sharded))
+            self.progress = saved["partial"] and Progress(self.ranks, saved["partial"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
             raise UsageError(f"{path} does not fit this version of {config['model']} and "
-                             f"{config['optim']} ({str(error).splitlines()[0]})")
+                             f"{config['optim']} ({problem}); move it away to start this run anew")
         self.rows = saved["log"]
-        self.progress = saved["partial"] and Progress(self.ranks, saved["partial"])
         if extended:
             print(f"{old['epochs']} epochs become {config['epochs']}: the schedule is the same, so "
                   "this is the run that was begun with so many", flush=True)
@@ -280,7 +287,7 @@ class Run:
         self.stop.noting = True
         try:
             yield self.progress
-        except (KeyboardInterrupt, DataError, UsageError) as error:
+        except (KeyboardInterrupt, DataError, UsageError, OSError) as error:
             if self.within_step:
                 raise
             where = f"in epoch {number + 1} after step {self.progress.step}"
@@ -539,12 +546,12 @@ def run_script(script, parse, work, smoke, argv):
 
     Only the first rank speaks, but for errors that the others cannot know of.
     """
-    rank, stop = int(os.environ.get("RANK", 0)), Stop()
+    speaks, stop = first(), Stop()
     print_anything()
     try:
         with stop.listening(), warnings.catch_warnings(), \
-                contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
-            if rank:
+                contextlib.nullcontext() if speaks else contextlib.redirect_stdout(io.StringIO()):
+            if not speaks:
                 warnings.simplefilter("ignore")
             args = parse(argv)
             if args.smoke:
@@ -564,7 +571,7 @@ def run_script(script, parse, work, smoke, argv):
         return 128 + number
     except (UsageError, Diverged) as error:            # of all ranks: the first one says it
         tell(f"{script}: {error}")
-        if rank:                 # torchrun ends all ranks when one ends, and the first is to speak
+        if not speaks:           # torchrun ends all ranks when one ends, and the first is to speak
             time.sleep(5)
         return 1 if isinstance(error, Diverged) else 2
     except (DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -439,11 +439,15 @@ def test_used_folder(tmp_path, line):
     assert "--resume" in refused(here)
     err = refused(here + " --resume --lr 0.7")
     assert "--lr (was 0." in err and "now 0.7)" in err, err
+    err = refused(here + " --resume --optim adamw")
+    assert "--optim (was mac, now adamw)" in err and " more: repeat" in err and len(err) < 600, err
     assert "after epoch 1 of 1" in call(here + " --resume")[0]     # it is not run again
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
     assert read_log(tmp_path / "run", ()) == log
     (tmp_path / "file").write_text("")
     assert "file is a file: name another" in refused(f"{line} --output_dir {tmp_path}/file/x")
+    (tmp_path / "odd/.lock").mkdir(parents=True)
+    assert "odd/.lock cannot be opened" in refused(f"{line} --output_dir {tmp_path}/odd")
 
 
 @each_script
@@ -468,15 +472,18 @@ def test_damaged_checkpoint(tmp_path, line):
     """Whatever is wrong with the file, it is named and left alone."""
     here, path = f"{line} --output_dir {tmp_path}/run", tmp_path / "run/checkpoint.pt"
     call(here)
-    whole, foreign, old = path.read_bytes(), io.BytesIO(), io.BytesIO()
+    whole, made = path.read_bytes(), [io.BytesIO() for _ in range(3)]
+    foreign, old, rows = made
     middle = len(whole) // 2
     torch.save(dict(config="none", log=0), foreign)
     torch.save({**checkpoint(tmp_path / "run"), "model": {}}, old)
-    for content in (whole[:middle], b"", b"epoch,lr\n" * 99, foreign.getvalue(), old.getvalue(),
+    torch.save({**checkpoint(tmp_path / "run"), "log": [3]}, rows)
+    for content in (whole[:middle], b"", b"epoch,lr\n" * 99, *(f.getvalue() for f in made),
                     whole[:middle] + bytes(255 - b for b in whole[middle:middle + 64])
                     + whole[middle + 64:]):
         path.write_bytes(content)
-        assert str(path) in refused(here + " --resume") and path.read_bytes() == content
+        err = refused(here + " --resume")
+        assert str(path) in err and "move it away" in err and path.read_bytes() == content
 
 
 class Touch:
@@ -537,13 +544,13 @@ def test_spelling(line):
 @each_script
 @pytest.mark.parametrize("flags, words", {
     "--lr -1": "--lr", "--lr nan": "--lr", "--lr x": "--lr", "--lr 1e150": "at most 1e15",
-    "--momentum 1": "--momentum", "--epochs 0": "--epochs", "--damping 0": "--damping",
+    "--momentum 1": "below 1 (--help", "--epochs 0": "--epochs", "--damping 0": "--damping",
     f"--epochs 1{400 * '0'}": "at most 1e15", "--tcov 1.5": "--tcov", "--batch_size 0":
     "--batch_size", "--run 2147483648": "from 0 to 2147483647", "--run": "--run",
     "--model resnet21": "invalid choice", "--optim sgdd": "adamw", "--sketch x": "subcolumns",
     "--learning_rate 1": "--learning_rate", "--device tpu": "cuda:N",
     "--resume FILE": "--output_dir", "--amp maybe": "neither true nor false",
-    "--data_dir ~who?/x": "'~who?/x'",
+    "--data_dir ~who?/x": "'~who?/x'", "--output_dir=": "it is empty", "--data_dir=": "it is empty",
     "--optim sgd --momentum 0 --nesterov": "esterov", "--device cuda:99": "--device cuda:99",
 }.items(), ids=lambda text: text[:20])
 def test_wrong_values(tmp_path, line, flags, words):
@@ -558,6 +565,38 @@ def test_home_folders(line):
     for path, want in (("~/x", str(Path.home() / "x")), ("a~/~b", "a~/~b")):
         args = parse([f"--data_dir={path}", f"--output_dir={path}"])
         assert args.data_dir == args.output_dir == want
+
+
+def test_folder_whose_name_is_no_text(tmp_path):
+    """Bytes that are no UTF-8, as a locale without it makes of any accent."""
+    place = tmp_path / os.fsdecode(b"\xe9")
+    call(f"{CIFAR} --output_dir {place}")
+    assert str(place) in json.loads((place / "config.json").read_text())["command"]
+    assert json.loads((place / "record.json").read_text())["output_dir"] == str(place)
+
+
+def test_output_that_nobody_reads(tmp_path, monkeypatch):
+    """As of `| head`: the run is saved, says so, and goes on."""
+    line = f"{IMAGENET} --print-freq 4 --output_dir {tmp_path}/run"
+
+    def broken(*words, **_):
+        if "step 4/" in words[0]:
+            raise BrokenPipeError(32, "Broken pipe")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "print", broken, raising=False)
+        err = refused(line)
+    assert "Broken pipe; the run is saved in epoch 1 after step 4" in err, err
+    call(line + " --resume")
+    call(f"{IMAGENET} --output_dir {tmp_path}/straight")
+    assert same_runs(tmp_path / "straight", tmp_path / "run")
+
+
+def test_rank_of_no_world(tmp_path, monkeypatch):
+    """A RANK that some cluster sets does not silence a process that is alone."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "--lr" in refused(f"{CIFAR} --lr 0")
+    assert record(call(f"{CIFAR} --output_dir {tmp_path}/run")[0])["results"]
 
 
 def test_time_in_words():
