@@ -149,7 +149,10 @@ def list_files(folder):
 
 
 def check_classes(found, wanted, where):
-    """Raise DataError unless the class names are those of the training split."""
+    """Raise DataError unless the class names are several, and those of the training split."""
+    if wanted is None and len(found) == 1:
+        raise DataError(f"{where} holds '{found[0]}' alone, and there is nothing to tell from one "
+                        "class; is it the folder above that of the classes?")
     if wanted is not None and list(found) != list(wanted):
         extra, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
         raise DataError(f"{where} must have the same classes as the training images, but lacks "
@@ -354,7 +357,7 @@ class ImageLoader:
         self.plan = []  # the batches of this epoch that are still to come
         self.set_epoch(0)
         if train and len(self) == 0:
-            raise DataError(f"{source.where} has {self.count} images, less than one batch of "
+            raise DataError(f"{self.count} images ({source.where}) are less than one batch of "
                             f"{batch_size} for each of {world} processes; use smaller batches.")
         # Forked workers start at once and share the list of files; Python 3.14 would have an
         # intermediate process start them, which a SIGTERM ends. They end with their epoch, so that
@@ -415,6 +418,9 @@ def pack(src, dst, size, workers=0):
     todo = {}
     try:
         os.makedirs(dst, exist_ok=True)
+        if os.path.samefile(src, dst):         # whose images would not be found beside the arrays
+            raise DataError(f"{dst} holds the images themselves; name another folder for the "
+                            "arrays.")
         for split, source in sources.items():
             if not isinstance(source, FolderImages):
                 raise DataError(f"{src} is packed already; give a folder with train/<class>/ and "

@@ -172,7 +172,8 @@ RESNET = "--model resnet_test --val-resize-size 16 --val-crop-size 16"
     "--accum 99999999999999999999": "1e15", "--input-size 1 28 28": "3 N N",
     "--amp-dtype float16": "--amp", "--mixup 1 -b 3": "even number",
     "--val-crop-size 32": "--val_crop_size", "--sync-bn": "--sync_bn", "-b 16": "batch",
-    "--pretrained nowhere.pt": "nowhere.pt", "--test-only": "checkpoint",
+    "--pretrained nowhere.pt": "nowhere.pt cannot be read", "--pretrained=": "it is empty",
+    "--test-only": "checkpoint",
     "--aa nonsense": "nonsense", "--model swin_tiny_patch4_window7_224 --img-size 40": "40",
     "--scale 1 0.5": "first", "--ratio 1.5 0.5": "--ratio", "--std 1 1 0": "--std",
     "--train-size 9": "only 8 training images", f"{RESNET} --dummy 9": "one image",
@@ -196,7 +197,8 @@ def test_no_data(tmp_path):
     "--rank 3": "--rank", "--lr-gamma 0.5": "--lr_gamma", "--mixup-prob 0.5":
     "--mixup_prob", "--model-ema-decay 0.9": "--model_ema_decay", "--remode rand": "--remode",
     "--sched constant --min-lr 0.1": "--lr_min", "--warmup-lr 0.1": "--warmup_lr",
-    "--ra-reps 4": "--ra_reps", "--mixup 1 --mixup-switch-prob 0.2": "--mixup_switch_prob",
+    "--data-path x": "--data_dir", "--input-size 3 16 16": "--train_crop_size",
+    "--val-resize-size 20": "--crop_pct", "--ra-reps 4": "--ra_reps", "--mixup 1 --mixup-switch-prob 0.2": "--mixup_switch_prob",
 }.items())
 def test_flags_without_effect(tmp_path, flags, name):
     _, err = call(f"{SMALL} -b 12 --epochs 1 {flags} --output-dir {tmp_path}")

@@ -290,6 +290,7 @@ def test_sixteen_bit_grey_is_scaled(tmp_path, name, dtype):
     ("val", "away", "test", ["no folder 'test'"]),
     ("val/dog", "val/bird", "val", ["lacks 'dog' and has 'bird'"]),
     ("empty", "train/eel", "train", ["no image file", "'eel' of", "set/train"]),
+    ("train/dog", "away", "train", ["set/train holds 'cat' alone"]),
     ("val/cat", "train/cat/deep", "val", ["lacks 'cat' and has none"]),
     ("train/cat", "valid", "valid", ["valid holds no class folders"])])
 def test_bad_folders(folders, old, new, split, words):
@@ -388,7 +389,7 @@ def test_pack(folders, command, tmp_path):
 
 @pytest.mark.parametrize("src, dst, size, words", [
     ("set", "packed", 16, ["another packing", "8 pixels"]), ("packed", "x", 8, ["packed already"]),
-    ("set", "x", 10 ** 7, ["3900000.0 GB"]),
+    ("set", "x", 10 ** 7, ["3900000.0 GB"]), ("set", "set/", 8, ["the images themselves"]),
     ("set", "set/train/cat/cat_0.jpg", 8, ["cannot write", "cat_0"]),
     ("set", "~who?/x", 8, ["~who?/x", "in full"]), ("~who?/x", "x", 8, ["~who?/x", "in full"])])
 def test_refused_packing(folders, monkeypatch, src, dst, size, words):

@@ -320,3 +320,9 @@ def test_wrong_commands(tmp_path, flags, words):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa" * 99)
     err = refused(f"{TINY} --output_dir {tmp_path}/run {flags.format(tmp_path)}")
     assert words.format(tmp_path) in err and not (tmp_path / "run").exists()
+
+
+def test_text_beside_dataset(tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be\n" * 99)
+    out, err = call(f"{TINY} --text {tmp_path}/a.txt --output_dir {tmp_path}/run")
+    assert err == "note: no use for --dataset in a run with --text\n" and "a.txt (" in out

@@ -293,6 +293,9 @@ def make_model(config, device):
             load_pretrained(model, config["pretrained"])
     except ValueError as error:
         raise UsageError(str(error))
+    except OSError as error:
+        raise UsageError(f"{config['pretrained']} cannot be read ({error.strerror}): name a file "
+                         "of weights with --pretrained")
     if config["sync_bn"]:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config["channels_last"]:
@@ -410,7 +413,7 @@ FLAGS = {
         "train_size": dict(type=COUNT, help="train on N of the images, taken evenly from the "
                            "sorted list and so from all classes"),
         "model": dict(default="resnet50", choices=IMAGENET_MODELS, help="%(choices)s"),
-        "pretrained": dict(type=user_path, nargs="?", const="", help="begin with these weights: a "
+        "pretrained": dict(type=user_path, nargs="?", const=True, help="begin with these weights: a "
                            "checkpoint.pt, or torchvision's or timm's file"),
         "optim --opt": dict(default="mac", choices=list(RECIPES["timm"]), help="%(choices)s"),
         "seed --run": dict(default=0, type=SEED, help="of everything random")},
@@ -475,7 +478,7 @@ FLAGS = {
                         "without: 3"),
         "aug_repeats": dict(type=COUNT_OR_ZERO, help="both in one; 0 is off"),
         "train_crop_size --img_size": dict(
-            default=224, type=PIXELS, help="side of the training images in pixels"),
+            type=PIXELS, help="side of the training images in pixels; without: 224"),
         "input_size": dict(type=PIXELS, nargs=3, help="the same in another form: 3 N N"),
         "val_crop_size": dict(type=PIXELS, help="side of the test images; without: in ResNets 224, "
                               "else that of the training images"),
@@ -546,7 +549,7 @@ def resolve(args, ranks):
     repeats = (args.ra_reps or 3) if args.ra_sampler else 1
     repeats = max(1, repeats if args.aug_repeats is None else args.aug_repeats)
     config["repeats"] = repeats if ranks.world > 1 else 1        # one rank would see copies alone
-    size = args.input_size[1] if args.input_size else args.train_crop_size
+    size = args.input_size[1] if args.input_size else args.train_crop_size or 224
     crop = args.val_crop_size or (224 if ours is RESNET else size)
     resize = args.val_resize_size or (int(crop / config["crop_pct"]) if config["crop_pct"] else 256)
     del config["crop_pct"]
@@ -569,7 +572,7 @@ def check(args, config, device):
     if args.data_dir is None and not args.dummy:
         raise UsageError("--data_dir DIR is to name the folder that holds train and val; without "
                          "data, --dummy trains on random images")
-    if args.pretrained == "":
+    if args.pretrained is True:
         raise UsageError("--pretrained is to name a file, since nothing is downloaded here: the "
                          "weights of this model by torchvision or timm, or a checkpoint.pt")
     if args.warmup_decay is not None and args.warmup_lr is not None:
@@ -604,6 +607,10 @@ def note_idle(args, config):
             ("mixup_prob", args.mixup or args.cutmix, "a run without --mixup and --cutmix"),
             ("mixup_switch_prob", args.mixup and args.cutmix,
              "a run without both --mixup and --cutmix"),
+            ("data_dir", not args.dummy, "a run with --dummy"),
+            ("train_crop_size", not args.input_size, "a run with --input_size"),
+            ("crop_pct", not args.val_resize_size, "a run with --val_resize_size"),
+            ("color_jitter", not args.auto_augment, "a run with --auto_augment"),
             ("remode", args.random_erase, "a run without --random_erase"),
             ("ra_reps", args.ra_sampler, "a run without --ra_sampler"),
             ("warmup_method warmup_decay warmup_lr", config["warmup"], "a run without warm-up"),

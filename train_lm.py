@@ -46,7 +46,7 @@ from tqdm import tqdm
 import text as texts
 from flags import (COUNT, COUNT_OR_ZERO, FRACTION, FSDP, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
                    check_compiler, check_fsdp, check_optimizers, chosen, machine_flags,
-                   make_optimizer, parser_of, several_flags, user_path)
+                   make_optimizer, note_unused, parser_of, several_flags, user_path)
 from models import GPT, GPT_SIZES, CausalBlock
 from ranks import UsageError, start
 from run import Run, describe, run_folders, run_script, train_all
@@ -334,6 +334,8 @@ def check(args, ranks):
     check_compiler(args, ranks.device)
     check_fsdp(args, ranks.world)
     check_optimizers(args, args.optim, RECIPES)
+    if args.text is not None and args.dataset != "wikitext2":
+        note_unused({"dataset"}, "a run with --text")
     files = [f"--{name}" for name in ("train_file", "valid_file") if getattr(args, name)]
     if files and (args.text is not None or args.dataset != "wikitext2"):
         raise UsageError(f"{files[0]} chooses among the files of --dataset wikitext2, and not of "
