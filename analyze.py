@@ -78,7 +78,7 @@ def write_csv(path, caption, args, columns, rows):
     writer = csv.writer(content, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
-    write_file(path, lambda file: file.write(content.getvalue().encode()))
+    write_file(path, lambda file: file.write(content.getvalue().encode(errors="backslashreplace")))
 
 
 def publish(args, setup, when, caption, columns, rows, shown, size, draw):
@@ -792,7 +792,9 @@ def parse(argv):
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, (make, defaults) in FIGURES.items():
         lines = inspect.getdoc(make)
-        figure = figures.add_parser(name, help=lines.split("\n")[0], description=lines,
+        runs = " RUN ..." if defaults.get("runs") == "+" else ""
+        figure = figures.add_parser(name, usage=f"python analyze.py {name}{runs} [flags]",
+                                    help=lines.split("\n")[0], description=lines,
                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                     allow_abbrev=False)
         figure.set_defaults(make=make)

@@ -421,23 +421,27 @@ def parse():
                     usage="python bench.py [flags]", allow_abbrev=False)
     parser.add_argument("--optim", nargs="+", choices=list(RECIPES), metavar="NAME",
                         default=["mac", "nysact", "foof", "kfac", "adafisher"],
-                        help="%(choices)s; sgd is always measured too")
+                        help="of %(choices)s (default mac, nysact, foof, kfac, adafisher); sgd is "
+                        "always measured too")
     parser.add_argument("--model", default="resnet20", metavar="NAME",
                         choices=[*CIFAR_MODELS, *IMAGENET_MODELS, *GPT_SIZES],
                         help="%(choices)s (default %(default)s)")
-    parser.add_argument("--batch_size", type=COUNT, default=128, help="default %(default)s")
-    parser.add_argument("--repeats", type=COUNT, default=10, help="default %(default)s")
-    parser.add_argument("--tcov", type=COUNT, help="for all, in place of the published period")
-    parser.add_argument("--tinv", type=COUNT, help="likewise")
+    for name, default in (("batch_size", 128), ("repeats", 10)):
+        parser.add_argument(f"--{name}", type=COUNT, metavar="N", default=default,
+                            help="default %(default)s")
+    for name in "tcov", "tinv":
+        parser.add_argument(f"--{name}", type=COUNT, metavar="N",
+                            help="for all, in place of the published period")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
                         help="default %(default)s")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels_last", action="store_true", help="NHWC memory format")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
-    parser.add_argument("--scaling", action="store_true",
-                        help="one layer of growing size in place of a network")
-    parser.add_argument("--launches", action="store_true",
-                        help="count operators in place of measuring time")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--scaling", action="store_true",
+                       help="one layer of growing size in place of a network")
+    other.add_argument("--launches", action="store_true",
+                       help="count operators in place of measuring time")
     parser.add_argument("--csv", metavar="FILE", help="write the table to this file too")
     args = parser.parse_args()
     args.optim = ["sgd", *(optim for optim in dict.fromkeys(args.optim) if optim != "sgd")]

@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from download import DataError
+
 # ---------------------------------------------------------------------------------------------
 # What is run
 # ---------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def best_rate(results, name, arm):
     arm = arm.split()[0]
     losses = last_losses(results, name, arm)
     if not set(STUDIES[name].arms[arm].rates) <= set(losses):
-        raise SystemExit(f"reproduce.py: the rates of {arm} are not searched yet: run "
+        raise DataError(f"the rates of {arm} are not searched yet: run "
                          f"'python reproduce.py {name}-search' first")
     return min(losses, key=losses.get)
 
@@ -223,14 +225,15 @@ def run(experiment, trial, args, lock):
     folder = Path(args.results, "runs", experiment, *(part.replace(" ", "") for part in trial.key))
     command = trial.command.replace("DATA", str(args.data_dir)) + f" --seed {trial.seed}"
     print(f"python {command}", flush=True)
+    script, *flags = command.split()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     done = subprocess.run(
-        [sys.executable, *command.split(), "--output_dir", str(folder), "--resume"],
+        [sys.executable, Path(__file__).parent / script, *flags, "--output_dir", str(folder), "--resume"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
     diverged = done.returncode == 1 and "diverged" in done.stderr          # which is a result too
     if done.returncode and not diverged:
-        raise SystemExit(f"reproduce.py: {done.stderr.strip() or 'a run was stopped'}")
+        raise DataError(done.stderr.strip() or "a run was stopped")
     log, rows = folder / "log.csv", []
     if log.exists():
         with open(log, newline="", encoding="utf-8") as file:
@@ -315,19 +318,23 @@ def draw(results):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise SystemExit("reproduce.py: --draw needs matplotlib: pip install matplotlib")
+        raise DataError("--draw needs matplotlib: pip install matplotlib")
     folder = Path(results, "figures")
     folder.mkdir(parents=True, exist_ok=True)
     studies = [name for name in STUDIES if read(results, f"{name}-search")]
-    figure, axes = plt.subplots(1, len(studies), figsize=(7 * len(studies), 4), squeeze=False,
+    figure, axes = plt.subplots(1, max(1, len(studies)), figsize=(7 * len(studies), 4), squeeze=False,
                                 layout="constrained")
     for axis, name in zip(axes[0], studies):
         draw_sensitivity(axis, name, {arm: last_losses(results, name, arm)
                                       for arm, (_, rates) in STUDIES[name].arms.items() if rates})
     figure.savefig(folder / "sensitivity.png", dpi=110, bbox_inches="tight")
     if read(results, "cifar"):
+        ratios = step_ratios(results)
+        if not ratios:
+            raise DataError("race.png needs to know what a step costs: run 'python bench.py > "
+                            f"{results}/bench-resnet20.txt' first")
         figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-        draw_race(axes, logs(results, "cifar"), step_ratios(results))
+        draw_race(axes, logs(results, "cifar"), ratios)
         figure.savefig(folder / "race.png", dpi=110, bbox_inches="tight")
 
 
@@ -343,11 +350,12 @@ def draw_sensitivity(axis, name, losses):
 
 
 def step_ratios(results):
-    """{optimizer: step time as a ratio to SGD's}, as bench.py printed it last."""
-    text = Path(results, "bench-resnet20.txt").read_text(encoding="utf-8").split("\n\n")[0]
+    """{optimizer: step time as a ratio to SGD's}, as bench.py printed it last, if it did."""
+    file = Path(results, "bench-resnet20.txt")
+    text = file.read_text(encoding="utf-8").split("\n\n")[0] if file.exists() else ""
     ratios = {optim: float(parts) for optim, parts in
               re.findall(r"^(\w+) +[\d.]+ \([\d.]+ to [\d.]+\) +([\d.]+)", text, re.M)}
-    return ratios | {"adafisher-printed": ratios["adafisher"], "adamw": 1.0}
+    return ratios and ratios | {"adafisher-printed": ratios["adafisher"], "adamw": 1.0}
 
 
 def draw_race(axes, found, ratios):
@@ -391,14 +399,25 @@ def parse(argv):
 
 
 def main(argv):
+    """Run the command; its exit status."""
     args = parse(argv)
-    for experiment in args.experiments:
-        run_experiment(experiment, args)
-    for experiment in args.experiments or EXPERIMENTS:
-        show(args.results, experiment)
-    if args.draw:
-        draw(args.results)
+    try:
+        for experiment in args.experiments:
+            run_experiment(experiment, args)
+        if not any(read(args.results, experiment) for experiment in EXPERIMENTS):
+            raise DataError(f"there are no results in {args.results} yet: name what to run, one of "
+                            f"{', '.join(EXPERIMENTS)}")
+        for experiment in args.experiments or EXPERIMENTS:
+            show(args.results, experiment)
+        if args.draw:
+            draw(args.results)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (DataError, OSError) as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

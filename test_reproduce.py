@@ -5,6 +5,7 @@ import csv
 import pytest
 
 import reproduce
+from download import DataError
 from reproduce import Arm, Study, Trial
 
 TINY = ("train_cifar.py --dataset shapes --train_size 16 --batch_size 8 --epoch 1 --model lenet5 "
@@ -36,7 +37,7 @@ def test_search_goes_beyond_an_edge(tmp_path, monkeypatch):
         "search --optim sgd --lr 0.003"}
     assert [reproduce.best_rate(tmp_path, "cifar", arm) for arm in ("low", "in", "high")] == \
         [0.01, 0.3, 0.1]
-    with pytest.raises(SystemExit, match="cifar-search"):
+    with pytest.raises(DataError, match="cifar-search"):
         list(reproduce.trials(tmp_path, "cifar"))
     del arms["new"]
     arms["in --other"] = Arm("--other", ())                     # at the best rate of "in"
@@ -53,6 +54,7 @@ def test_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     trials.append(Trial("wild", 1e15, 0, f"{TINY} --lr 1e15"))
     monkeypatch.setitem(reproduce.EXPERIMENTS, "cifar", lambda results, name: trials)
     args = argparse.Namespace(results=tmp_path, data_dir=tmp_path, jobs=1)
+    monkeypatch.chdir(tmp_path)                     # where no script is
     reproduce.run_experiment("cifar", args)
     found = reproduce.logs(tmp_path, "cifar")
     assert list(found) == [("sgd", "0.1", "0"), ("sgd", "0.1", "1"), ("wild", "1e+15", "0")]
@@ -62,7 +64,7 @@ def test_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     reproduce.run_experiment("cifar", args)
     assert not capsys.readouterr().out and reproduce.logs(tmp_path, "cifar") == found
     trials.append(Trial("wrong", 1.0, 0, f"{TINY} --model none"))
-    with pytest.raises(SystemExit, match="none"):
+    with pytest.raises(DataError, match="none"):
         reproduce.run_experiment("cifar", args)
 
 
@@ -78,6 +80,18 @@ def test_comparison_by_hand(tmp_path, capsys):
                          f"{epochs:.2f} | {1.05 * epochs:.2f} |")
     assert lines[-2].endswith("| 2.00 | 2.00 |")
     assert reproduce.reached([3, 4], 2) == 1 and reproduce.reached([0, 1], 2) is None
+
+
+def test_without_results(tmp_path, monkeypatch, capsys):
+    """Each wrong command gets one sentence; a table needs no bench-resnet20.txt."""
+    monkeypatch.chdir(tmp_path)
+    for flags, words in (("", "no results in results"), ("--draw", "no results in results"),
+                         ("vit", "vit-search")):
+        assert reproduce.main(flags.split()) == 2
+        assert words in capsys.readouterr().err
+    (tmp_path / "results").mkdir()
+    write(tmp_path / "results", "cifar", [("mac", "0.1", 0, 1, 2, 50)])
+    assert reproduce.main([]) == 0 and "| mac | 0.1 | 1 | 50.000 |" in capsys.readouterr().out
 
 
 def test_draws(tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def test_bench_launches(start, tmp_path, model):
         assert rows["sgd"]["mean"] <= row["between"] <= row["mean"] <= row["due"], row
 
 
-@pytest.mark.parametrize("flags", ["--repeats 0", "--model resnet",
+@pytest.mark.parametrize("flags", ["--repeats 0", "--model resnet", "--scaling --launches",
                                    "--csv no/such/folder.csv --model lenet5 --launches"])
 def test_bench_refuses(start, flags):
     assert len(start(f"bench.py {flags}", launcher="").finish(2).splitlines()) == 1

@@ -413,8 +413,9 @@ FLAGS = {
         "train_size": dict(type=COUNT, help="train on N of the images, taken evenly from the "
                            "sorted list and so from all classes"),
         "model": dict(default="resnet50", choices=IMAGENET_MODELS, help="%(choices)s"),
-        "pretrained": dict(type=user_path, nargs="?", const=True, help="begin with these weights: a "
-                           "checkpoint.pt, or torchvision's or timm's file"),
+        "pretrained": dict(type=user_path, nargs="?", const=True,
+                           help="begin with these weights: a checkpoint.pt, or torchvision's or "
+                           "timm's file"),
         "optim --opt": dict(default="mac", choices=list(RECIPES["timm"]), help="%(choices)s"),
         "seed --run": dict(default=0, type=SEED, help="of everything random")},
     "optimizer (who takes a flag, and its value where not given; a | b: in ResNets | else)": {
