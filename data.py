@@ -92,12 +92,12 @@ class Data(NamedTuple):
         return fingerprint(*(tensor.cpu().numpy() for tensor in self[:4]))
 
 
-def load(name, data_dir="data", train_size=None, download=True):
+def load(name, data_dir="data", train_size=None):
     """Return a data set as `Data`, on the CPU.
 
     name: cifar10, cifar100, fashion_mnist or shapes. data_dir: where it lies, or where it is put
-    if it has to be downloaded, which `download=False` forbids. train_size: keep only the first
-    so many training images. Raises DataError with a message for the user.
+    if it has to be downloaded. train_size: keep only the first so many training images. Raises
+    DataError with a message for the user.
     """
     if name not in STATISTICS:
         raise DataError(f"no data set is called '{name}'; choose from {', '.join(STATISTICS)}.")
@@ -110,9 +110,9 @@ def load(name, data_dir="data", train_size=None, download=True):
         if name == "shapes":
             train, test, source = load_shapes(train_size)
         elif name == "fashion_mnist":
-            train, test, source = load_fashion(data_dir, download)
+            train, test, source = load_fashion(data_dir)
         else:
-            train, test, source = load_cifar(name, data_dir, download)
+            train, test, source = load_cifar(name, data_dir)
     except OSError as error:
         what = error.filename or data_dir
         raise DataError(f"cannot use {what}: {error.strerror or error}. Put that right or give "
@@ -125,14 +125,12 @@ def load(name, data_dir="data", train_size=None, download=True):
     return Data(*tensors, *STATISTICS[name], source)
 
 
-def load_cifar(name, data_dir, download):
+def load_cifar(name, data_dir):
     """(train, test, source): both splits as (images (N, 3, 32, 32) uint8, labels (N,) int64)."""
     found = find_release(name, data_dir)
-    hint = (f"Put {' or '.join(release.archive for release in RELEASES[name])} into {data_dir} by "
-            "hand, or use --dataset shapes, which needs no download.")
-    if found is None and not download:
-        raise DataError(f"{name} is not in {data_dir}, and downloading is switched off. {hint}")
     if found is None:
+        hint = (f"Put {' or '.join(release.archive for release in RELEASES[name])} into {data_dir} "
+                "by hand, or use --dataset shapes, which needs no download.")
         with one_at_a_time(data_dir):
             if not find_release(name, data_dir):  # else another process was faster
                 fetch_any(MIRRORS[name], data_dir, f"{name} could not be downloaded.", hint)
@@ -248,21 +246,17 @@ def parse_pickle(blob, where, key, count):
     return images, labels.astype(np.int64)
 
 
-def load_fashion(data_dir, download):
+def load_fashion(data_dir):
     """(train, test, source): both splits as (images (N, 1, 28, 28) uint8, labels (N,) int64)."""
     # MNIST's files have the same names, so these have a folder of their own.
     folder = data_dir / "fashion-mnist"
     if data_dir.name == folder.name or all((data_dir / file).is_file() for file in FASHION):
         folder = data_dir
-    hint = (f"Put {', '.join(FASHION)} into {folder} by hand, or use --dataset shapes, which "
-            "needs no download.")
-    missing = [file for file in FASHION if not (folder / file).exists()]
-    if missing and not download:
-        raise DataError(f"{folder} lacks {', '.join(missing)}, and downloading is switched off. "
-                        f"{hint}")
-    if missing:
+    if not all((folder / file).exists() for file in FASHION):
+        hint = (f"Put {', '.join(FASHION)} into {folder} by hand, or use --dataset shapes, which "
+                "needs no download.")
         with one_at_a_time(folder):
-            for file in missing:
+            for file in FASHION:
                 if not (folder / file).exists():
                     fetch_any([mirror + file for mirror in MIRRORS["fashion_mnist"]], folder,
                               f"{file} of fashion_mnist could not be downloaded.", hint)

@@ -160,7 +160,7 @@ def test_sizes_of_batches(count, size, train, want):
 def test_cifar_forms(tmp_path, form, files):
     """Unpacked folder or archive, in data_dir or being it: the same images."""
     def check(place, named, **how):
-        loaded = data.load("cifar10", place, download=False, **how)
+        loaded = data.load("cifar10", place, **how)
         assert is_tiny(loaded, *how.values()) and str(named) in loaded.source
         return loaded.fingerprint
     name = f"tiny.{form}.gz"
@@ -181,8 +181,6 @@ def test_refused(tmp_path, monkeypatch):
     put(tmp_path / "bin", **BIN)
     for words, name, place, how in (
             (["train_size is 9", "8"], "cifar10", tmp_path, {"train_size": 9}),
-            (["nowhere", "tiny.bin.gz", "--dataset shapes"], "cifar10", tmp_path / "nowhere",
-             {"download": False}),
             (["mnist", "cifar10", "shapes"], "mnist", tmp_path, {}),
             ([tmp_path / "file", "--data_dir"], "cifar10", "~/file", {}),
             ([tmp_path / "file", "--data_dir"], "cifar10", tmp_path / "file" / "below", {}),
@@ -297,16 +295,17 @@ def test_fashion(mirror, monkeypatch, tmp_path):  # noqa: F811
     images, labels = np.arange(5 * 784).reshape(5, 28, 28) % 251, np.arange(5) + 4
     blobs = dict(zip(data.FASHION, map(idx, (images, labels, images[:3], labels[:3]))))
     publish(blobs)
-    monkeypatch.setitem(download.MIRRORS, "fashion_mnist",
-                        [f"{mirror.address}/missing/", f"{mirror.address}/good/"])
-    with refused("lacks", *data.FASHION):
-        data.load("fashion_mnist", tmp_path, download=False)
+    addresses = [f"{mirror.address}/{how}/" for how in ("missing", "good")]
+    monkeypatch.setitem(download.MIRRORS, "fashion_mnist", addresses[:1])
+    with refused("could not be downloaded", *data.FASHION):
+        data.load("fashion_mnist", tmp_path)
+    download.MIRRORS["fashion_mnist"] = addresses
     put(tmp_path / "fashion-mnist", **{data.FASHION[0]: blobs[data.FASHION[0]]})
     for place in (tmp_path, tmp_path / "fashion-mnist"):
         got = data.load("fashion_mnist", place)
         assert torch.equal(got.train_images, torch.from_numpy(images.astype(np.uint8))[:, None])
         assert got.test_labels.tolist() == [4, 5, 6] and got.test_images.shape == (3, 1, 28, 28)
-    assert len(mirror.requests) == 6                            # for the three that were missing
+    assert len(mirror.requests) == 1 + 6                        # for the three that were missing
     file = data.FASHION[1]
     for content, words in ((idx(labels[:3]), "does not fit"), (idx(images), "not an idx file of 1"),
                            (idx(labels + 2), "label 10 is not one of 0 to 9")):

@@ -96,8 +96,7 @@ def test_bad_texts(tmp_path, monkeypatch, content):
 @pytest.mark.parametrize("name, how, message", [
     ("none", {}, ["none", "grammar"]), ("~who?/text", {}, ["~who?/text", "in full"]),
     ("wikitext2", {"data_dir": "~who?/x"}, ["~who?/x", "in full"]),
-    ("wikitext2", {"valid_file": "mine.txt"}, ["mine.txt", "--valid_file"]),
-    ("wikitext2", {"download": False}, ["train.txt, valid.txt", "switched off", "by hand"])])
+    ("wikitext2", {"valid_file": "mine.txt"}, ["mine.txt", "--valid_file", "by hand"])])
 def test_no_texts(tmp_path, name, how, message):
     with refused(*message):
         load_text(tmp_path / name if name == "none" else name, **{"data_dir": tmp_path, **how})
@@ -109,7 +108,7 @@ def test_words(tmp_path):
     valid = " a d \n\n c \n"
     put(tmp_path / "wikitext-2", **{"train.txt": train.encode(), "valid.txt": valid.encode()})
     for place in (tmp_path, tmp_path / "wikitext-2"):
-        text = load_text("wikitext2", place, download=False)
+        text = load_text("wikitext2", place)
         assert "not as published" in text.source and text.unit == "word"
     want = [word for line in train.split("\n")[:-1] for word in line.split() + ["<eos>"]]
     assert [text.vocabulary[i] for i in text.train] == want
@@ -118,7 +117,7 @@ def test_words(tmp_path):
     assert spell(text.valid.tolist(), text) == "a <unk>\n\nc\n"
     assert spell(text.train.tolist(), text) == "\n= A Title =\n\na b <unk> a , c\n"
     assert words(spell(text.train.tolist(), text)) == want, "what is spelled reads the same"
-    other = load_text("wikitext2", tmp_path, "valid.txt", "train.txt", download=False)
+    other = load_text("wikitext2", tmp_path, "valid.txt", "train.txt")
     assert "<unk>" in other.vocabulary and len(other.valid) == len(text.train)
 
 
@@ -151,8 +150,9 @@ def serve(mirror, monkeypatch):  # noqa: F811
 def test_wikitext_sources(serve, tmp_path, single, whole, found):
     """The archive, and downloads of either form, verified; the second finds the first's files."""
     serve(single, whole)
-    for attempt in range(2):
-        text = load_text("wikitext2", tmp_path, download=attempt == 0)
+    for _ in range(2):
+        text = load_text("wikitext2", tmp_path)
+        serve("missing", "missing")
         assert found in text.source and "verified" in text.source
         assert spell(text.train.tolist(), text) == "train.txt words\n"
 

@@ -42,7 +42,7 @@ class Text(NamedTuple):
 
 
 def load_text(name, data_dir="data", train_file=None, valid_file=None, train_size=None,
-              valid_size=None, download=True):
+              valid_size=None):
     """Return a text as `Text`.
 
     name: 'wikitext2', by words; 'grammar', generated, by characters; or the Path of a text file
@@ -54,7 +54,7 @@ def load_text(name, data_dir="data", train_file=None, valid_file=None, train_siz
     try:
         if name == "wikitext2":
             files = train_file or WIKITEXT[0], valid_file or WIKITEXT[1]
-            text = load_wikitext(Path(expand(data_dir)), files, download)
+            text = load_wikitext(Path(expand(data_dir)), files)
         elif name == "grammar":
             text = split_characters(write_grammar(), f"generated, seed {GRAMMAR_SEED}")
         else:
@@ -112,7 +112,7 @@ def smallest_type(count):
     return np.uint8 if count <= 1 << 8 else np.int16 if count <= 1 << 15 else np.int32
 
 
-def load_wikitext(data_dir, files, download):
+def load_wikitext(data_dir, files):
     """A Text of two of WikiText-2's files, or of others in its folder, by words.
 
     The vocabulary is that of the training text, most frequent first, with `<unk>`, which also
@@ -122,7 +122,7 @@ def load_wikitext(data_dir, files, download):
     if data_dir.name == folder.name or all((data_dir / file).is_file() for file in files):
         folder = data_dir
     archive = folder.parent / "wikitext-2-v1.zip"
-    find_wikitext(folder, archive, files, download)
+    find_wikitext(folder, archive, files)
     (train, source), (valid, other) = (read_wikitext(folder, archive, file) for file in files)
     train, valid = words(train), words(valid)
     counts = collections.Counter(train)
@@ -149,7 +149,7 @@ def spell(tokens, text):
     return " ".join(parts).replace(" <eos>", "\n").replace("<eos>", "\n").replace("\n ", "\n")
 
 
-def find_wikitext(folder, archive, files, download):
+def find_wikitext(folder, archive, files):
     """See to it that the folder has the files, or that there is the archive."""
     def missing():
         return [file for file in files if not (archive.exists() or (folder / file).is_file())]
@@ -158,9 +158,8 @@ def find_wikitext(folder, archive, files, download):
     hint = (f"Put {' and '.join(files)} into {folder} or {archive.name} into {archive.parent} by "
             "hand, choose files that are there with --train_file and --valid_file, or use "
             "--dataset grammar, which needs no download.")
-    if not download or not set(missing()) <= set(WIKITEXT):
-        why = ", and downloading is switched off" if not download else ""
-        raise DataError(f"{folder} lacks {', '.join(missing())}{why}. {hint}")
+    if not set(missing()) <= set(WIKITEXT):
+        raise DataError(f"{folder} lacks {', '.join(missing())}. {hint}")
     with one_at_a_time(folder):
         try:
             for file in missing():  # none if another process was faster
