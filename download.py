@@ -93,6 +93,22 @@ def expand(path):
     return path
 
 
+@contextlib.contextmanager
+def completed(path):
+    """A file to write that gets its name when all of it is on the disk, and else disappears."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
 def matches(path, checksum):
     """Whether a file has a checksum as in FILES; git's is the id that it gives a file."""
     algorithm, right = checksum.split(":")

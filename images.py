@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from augment import eval_transform, is_timm, pillow, random_state
-from download import DataError, expand, fingerprint
+from download import DataError, completed, expand, fingerprint
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # Pillow's names for those, and no others
@@ -454,22 +454,6 @@ def packed_already(dst, split, about):
                         "or choose another folder.")
     print(f"{there.file}: complete already, left as it is")
     return True
-
-
-@contextlib.contextmanager
-def completed(path):
-    """A file to write that gets its name when all of it is on the disk, and else disappears."""
-    part = path + ".part"
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        raise
 
 
 def write_packed(dst, split, source, about, workers):

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from download import DataError
+from download import DataError, completed
 from ranks import Stop, UsageError, first, set_whole_state, tell, whole_state
 
 
@@ -52,16 +52,10 @@ def seed_of(*numbers):
 
 def write_file(path, write):
     """All of it or nothing: whoever kills this process finds the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with completed(path) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         while error is not None and not isinstance(error, OSError):
             error = error.__context__          # torch.save hides what the disk said
         if error is None:

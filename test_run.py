@@ -359,12 +359,12 @@ def test_full_disk(tmp_path, line):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert f"{place}/{name} cannot be written (File too large)" in err, err
-        assert not list(place.glob("*.tmp")) and not (place / "checkpoint.pt").exists()
+        assert not list(place.glob("*.part")) and not (place / "checkpoint.pt").exists()
     call(line + " --resume")
     before = (place / "checkpoint.pt").read_bytes()
     with pytest.raises(ZeroDivisionError):
         run.write_file(place / "checkpoint.pt", lambda file: 1 / 0)
-    assert (place / "checkpoint.pt").read_bytes() == before and not list(place.glob("*.tmp"))
+    assert (place / "checkpoint.pt").read_bytes() == before and not list(place.glob("*.part"))
 
 
 @each_script
