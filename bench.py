@@ -50,7 +50,7 @@ from capture import Watcher
 from flags import COUNT, OURS, RECIPES, TORCH, Parser
 from models import CIFAR_MODELS, GPT, GPT_SIZES, IMAGENET_MODELS
 from optimizer import Preconditioner
-from ranks import UsageError
+from ranks import UsageError, find_device
 
 PARTS = ("statistics", "factorisation", "application")
 # What is timed of a step: the calls of these methods; what is left of step() is application.
@@ -445,8 +445,7 @@ def parse():
     parser.add_argument("--csv", metavar="FILE", help="write the table to this file too")
     args = parser.parse_args()
     args.optim = ["sgd", *(optim for optim in dict.fromkeys(args.optim) if optim != "sgd")]
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds none here; --device cpu works")
+    find_device(args.device)                           # refuses what is not there
     folder = os.path.dirname(os.path.abspath(args.csv or ""))
     if not os.path.isdir(folder) or os.path.isdir(args.csv or ""):
         raise UsageError(f"--csv {args.csv}: not a file in an existing folder")

@@ -228,8 +228,8 @@ def run(experiment, trial, args, lock):
     script, *flags = command.split()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / script, *flags, "--output_dir", str(folder), "--resume"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [sys.executable, Path(__file__).parent / script, *flags, "--output_dir", folder,
+         "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
     diverged = done.returncode == 1 and "diverged" in done.stderr          # which is a result too
     if done.returncode and not diverged:
@@ -322,12 +322,13 @@ def draw(results):
     folder = Path(results, "figures")
     folder.mkdir(parents=True, exist_ok=True)
     studies = [name for name in STUDIES if read(results, f"{name}-search")]
-    figure, axes = plt.subplots(1, max(1, len(studies)), figsize=(7 * len(studies), 4), squeeze=False,
-                                layout="constrained")
-    for axis, name in zip(axes[0], studies):
-        draw_sensitivity(axis, name, {arm: last_losses(results, name, arm)
-                                      for arm, (_, rates) in STUDIES[name].arms.items() if rates})
-    figure.savefig(folder / "sensitivity.png", dpi=110, bbox_inches="tight")
+    if studies:
+        figure, axes = plt.subplots(1, len(studies), figsize=(7 * len(studies), 4), squeeze=False,
+                                    layout="constrained")
+        for axis, name in zip(axes[0], studies):
+            arms = [arm for arm, (_, rates) in STUDIES[name].arms.items() if rates]
+            draw_sensitivity(axis, name, {arm: last_losses(results, name, arm) for arm in arms})
+        figure.savefig(folder / "sensitivity.png", dpi=110, bbox_inches="tight")
     if read(results, "cifar"):
         ratios = step_ratios(results)
         if not ratios:

@@ -198,7 +198,8 @@ def test_no_data(tmp_path):
     "--mixup_prob", "--model-ema-decay 0.9": "--model_ema_decay", "--remode rand": "--remode",
     "--sched constant --min-lr 0.1": "--lr_min", "--warmup-lr 0.1": "--warmup_lr",
     "--data-path x": "--data_dir", "--input-size 3 16 16": "--train_crop_size",
-    "--val-resize-size 20": "--crop_pct", "--ra-reps 4": "--ra_reps", "--mixup 1 --mixup-switch-prob 0.2": "--mixup_switch_prob",
+    "--val-resize-size 20": "--crop_pct", "--ra-reps 4": "--ra_reps",
+    "--mixup 1 --mixup-switch-prob 0.2": "--mixup_switch_prob",
 }.items())
 def test_flags_without_effect(tmp_path, flags, name):
     _, err = call(f"{SMALL} -b 12 --epochs 1 {flags} --output-dir {tmp_path}")
