@@ -526,7 +526,11 @@ def print_record(record):
 
 
 def print_anything():
-    """Print what the console or the file has no characters for as \\u03bb, instead of failing."""
+    """Print what the console or the file has no characters for as \\u03bb, and to nobody where the
+    output is closed, instead of failing."""
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -591,6 +591,15 @@ def test_output_that_nobody_reads(tmp_path, monkeypatch):
     assert same_runs(tmp_path / "straight", tmp_path / "run")
 
 
+def test_closed_output(tmp_path, monkeypatch):
+    """As some services start a program: it trains all the same."""
+    for name in "stdout", "stderr":
+        monkeypatch.setattr(sys, name, None)
+    script, *argv = f"{CIFAR} --output_dir {tmp_path}/run".split()
+    assert importlib.import_module(name_of(script)).main(argv) == 0
+    assert (tmp_path / "run/record.json").exists()
+
+
 def test_rank_of_no_world(tmp_path, monkeypatch):
     """A RANK that some cluster sets does not silence a process that is alone."""
     monkeypatch.setenv("RANK", "1")
