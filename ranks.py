@@ -29,14 +29,14 @@ class UsageError(Exception):
     """Its message is the one sentence for the user; exit status 2."""
 
 
-def first():
+def is_first():
     """Whether this process is the first of its run; what is alone is, whatever set RANK."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def tell(*words):
     """A line on the error output, of the first rank."""
-    if first():
+    if is_first():
         print(*words, file=sys.stderr, flush=True)
 
 

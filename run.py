@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from download import DataError, completed
-from ranks import Stop, UsageError, first, set_whole_state, tell, whole_state
+from ranks import Stop, UsageError, is_first, set_whole_state, tell, whole_state
 
 
 class Diverged(Exception):
@@ -282,7 +282,8 @@ class Run:
         try:
             yield self.progress
         except (KeyboardInterrupt, DataError, UsageError, OSError) as error:
-            if self.within_step:
+            # of an OSError (of the output, say) the other ranks do not know
+            if self.within_step or isinstance(error, OSError) and self.ranks.world > 1:
                 raise
             where = f"in epoch {number + 1} after step {self.progress.step}"
             self.save()
@@ -544,7 +545,7 @@ def run_script(script, parse, work, smoke, argv):
 
     Only the first rank speaks, but for errors that the others cannot know of.
     """
-    speaks, stop = first(), Stop()
+    speaks, stop = is_first(), Stop()
     print_anything()
     try:
         with stop.listening(), warnings.catch_warnings(), \
