@@ -226,15 +226,17 @@ class Preconditioner(torch.optim.Optimizer):
 
     def check_captured(self, found, due):
         """A step whose gradients came with no statistics at all is no step of this model's."""
-        if found or not due:
-            self.captured = self.captured or bool(found)
+        if found:
+            self.captured = True
             return
         name, own = type(self).__name__, {*self.model.parameters()}
-        if not any(layer.weight in own or is_sharded(layer.weight) for layer, _ in due):
+        if not any(weight in own or is_sharded(weight) for weight in self.layers):
             raise RuntimeError(f"{name}: its parameters are the model's no more: fully_shard() "
-                               f"replaces a model's parameters, so call it before {name} is made")
-        if not self.captured or any(layer.weight.grad is not None and layer.weight.grad.any()
-                                    for layer, _ in due):            # else an empty batch
+                               f"replaces a model's parameters, so call it before {name} is made "
+                               "(Accelerate's prepare() then leaves the model as it is)")
+        if due and not self.captured or any(
+                layer.weight.grad is not None and layer.weight.grad.any()
+                for layer, _ in due):                                # else an empty batch
             raise RuntimeError(
                 f"{name}: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "

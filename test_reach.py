@@ -143,10 +143,14 @@ def test_fully_shard_others():
 
 
 def refused_on_ranks(rank, world):
-    net, (x, y) = make_net(), DATA[0]
-    optimizer = MAC(net)
-    loss_of(sharded(net, world), x, y).backward()
-    raises(RuntimeError, ["fully_shard", "before MAC is made"], optimizer.step)
+    x, y = DATA[0]
+    for switched in (False, True):      # Accelerate's prepare() gives the groups the new parameters
+        net = make_net()
+        optimizer = MAC(net)
+        loss_of(sharded(net, world), x, y).backward()
+        if switched:
+            optimizer.param_groups[0]["params"] = [*net.parameters()]
+        raises(RuntimeError, ["fully_shard", "before MAC is made"], optimizer.step)
     optimizer = MAC(net)
     net.zero_grad()
     loss_of(net, x, y).backward()
