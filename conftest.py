@@ -24,6 +24,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.option.showlocals = True                     # a failure tells the round of its loop
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
+    config.addinivalue_line("filterwarnings", "ignore:.* of the numbers that it was given")
     config.addinivalue_line("markers", "only_cpu: compares with what runs on the CPU")
     config.addinivalue_line("markers", "only_cuda: shows what only a GPU does")
     torch.set_num_threads(1)                            # tensors here are small: more would wait

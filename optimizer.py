@@ -160,7 +160,10 @@ class Preconditioner(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self.is_trial():
+            known = self.captured
             self.take_step()
+            if self.captured and not known:
+                self.warn_of_plain_steps()
             self.steps += 1
             self.begin_step()
         return loss
@@ -367,11 +370,27 @@ class Preconditioner(torch.optim.Optimizer):
             self.model, self.steps, self.captured, self.hooked = None, 0, False, {}
             self.watcher, self.ready = Watcher(self), False
 
+    def listed(self):
+        """The layers that are preconditioned, and what share of all numbers they have."""
+        # one without statistics had its chance: it is computed, or has not run yet
+        layers = [layer for layer, _ in self.grouped()
+                  if not self.captured or self.state.get(layer.weight, {}).get("updates")]
+        given = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        return layers, sum(layer.out * layer.d for layer in layers) / max(
+            1, sum(p.numel() for p in given))
+
+    def warn_of_plain_steps(self):
+        layers, share = self.listed()
+        if share < 0.5:
+            name = type(self).__name__
+            warnings.warn(f"{name} preconditions {share:.0%} of the numbers that it was given, in "
+                          f"{len(layers)} weights; all others take the plain step. "
+                          "print(optimizer) lists them, with the reason where it is known")
+
     def __repr__(self):
-        lines, size, numbers, plain, done = [], 0, 0, [], set()
-        for layer, _ in self.grouped():
-            if self.captured and not self.state.get(layer.weight, {}).get("updates"):
-                continue                      # it had its chance: computed, or not run yet
+        lines, size, plain, done = [], 0, [], set()
+        layers, share = self.listed()
+        for layer in layers:
             n = sum(torch.Size(shape).numel() for shapes in (layer.measured, layer.prepared)
                     for shape in shapes.values()) * at_least_float32(layer.weight).itemsize
             lines.append(f"  {layer.name}: {layer.out}×{layer.d}, {self.how(layer)}, {n:,} bytes")
@@ -382,12 +401,9 @@ class Preconditioner(torch.optim.Optimizer):
         named = dict(self.model.named_parameters()) if self.model is not None else {}
         given = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
         for name, p in zip(named, map(self.watcher.parameter, named.values())):
-            if p in done:
-                numbers += p.numel()
-            elif p in given:
+            if p in given and p not in done:
                 plain.append(name.removesuffix(".weight").removesuffix(".bias")
                              + reasons.get(p, ""))
-        share = numbers / max(1, sum(p.numel() for p in given))
         return "\n".join([super().__repr__(), f"preconditioned: {len(lines)} weights, "
                           f"{share:.1%} of all numbers, {size:,} bytes of statistics"
                           + ("" if self.captured else ", none yet"), *lines,

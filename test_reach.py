@@ -6,6 +6,8 @@ optimizer is tried where they are installed: accelerate, lightning, transformers
 import contextlib
 import io
 import logging
+import re
+import warnings
 
 import pytest
 import torch
@@ -194,6 +196,22 @@ def test_fully_shard_in_bfloat16():
         assert result[name].keys() == want.keys() and len(keys) == 2
         close({key: result[name][key] for key in keys}, {key: want[key] for key in keys}, 0.01)
         close(result[name]["head.weight"], want["head.weight"], 0.1)
+
+
+# ---- what takes the plain step ----
+
+@pytest.mark.parametrize("rows, warned", [(100, ["8%"]), (5, [])])
+def test_warning_of_a_small_share(make, rows, warned):
+    """Of 72 numbers in 872 or in 112, once, when it is known what the model uses."""
+    net = nn.Sequential(nn.Embedding(rows, 8), nn.Linear(8, 8)).double()
+    optimizer = make(net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(torch.tensor([0, 3, 1])).square().sum().backward()
+            optimizer.step()
+    assert [re.search(r"\d+%", str(each.message)).group() for each in caught] == warned
 
 
 # ---- torch.distributed.checkpoint ----
