@@ -396,8 +396,8 @@ class Preconditioner(torch.optim.Optimizer):
             lines.append(f"  {layer.name}: {layer.out}×{layer.d}, {self.how(layer)}, {n:,} bytes")
             size += n
             done |= {layer.weight, layer.bias}
-        reasons = {layer.weight: f" ({layer.found['plain']})" for layer in self.layers.values()
-                   if "plain" in layer.found}
+        reasons = {p: f" ({layer.found.get('plain', 'no use of it was seen')})"
+                   for layer in self.layers.values() for p in (layer.weight, layer.bias)}
         named = dict(self.model.named_parameters()) if self.model is not None else {}
         given = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
         for name, p in zip(named, map(self.watcher.parameter, named.values())):

@@ -214,6 +214,19 @@ def test_warning_of_a_small_share(make, rows, warned):
     assert [re.search(r"\d+%", str(each.message)).group() for each in caught] == warned
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight, self.bias)
+
+
+def test_reason_of_the_plain_step(make):
+    net = nn.Sequential(nn.Linear(8, 8), Scaled(8, 8), nn.Linear(8, 8)).double()
+    optimizer = make(net)
+    net(randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    assert str(optimizer).endswith("plain step: 1 (no use of it was seen)")
+
+
 # ---- torch.distributed.checkpoint ----
 
 def with_extra(x, y, net):
