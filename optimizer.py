@@ -232,8 +232,9 @@ class Preconditioner(torch.optim.Optimizer):
         if found:
             self.captured = True
             return
-        name, own = type(self).__name__, {*self.model.parameters()}
-        if not any(weight in own or is_sharded(weight) for weight in self.layers):
+        name = type(self).__name__
+        if not self.captured and not any(is_sharded(weight) for weight in self.layers) \
+                and self.layers.keys().isdisjoint(self.model.parameters()):
             raise RuntimeError(f"{name}: its parameters are the model's no more: fully_shard() "
                                f"replaces a model's parameters, so call it before {name} is made "
                                "(Accelerate's prepare() then leaves the model as it is)")
