@@ -5,7 +5,6 @@ them has the gradient G = Σ g aᵀ, g = ∂loss/∂s. With no more rows than ou
 gives the rows back, a = (gᵀ)⁺ G. With them the step is formed as the paper has it.
 """
 import contextlib
-import copy
 import functools
 import threading
 
@@ -22,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import models
 from adafisher import AdaFisherW
 from test_math import EXACT, METHODS, formula
-from testing import (OPTIMIZERS, Uses, close, factory, loss_of, make_data, on_ranks, only,
-                     parameters, randn, trained, usual)
+from testing import (OPTIMIZERS, Conv1D, Uses, close, factory, loop_of, loss_of, make_data,
+                     on_ranks, only, parameters, randn, take_step, trained, usual)
 
 SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
 SIX["adafisherw"] = factory(AdaFisherW, **EXACT, weight_decay=0.0)
@@ -53,17 +52,6 @@ def mirrored(m, x):
 def standardised(m, x):
     w = m.weight - m.weight.mean((1, 2, 3), keepdim=True)
     return F.conv2d(x, w / w.flatten(1).std(1)[:, None, None, None], m.bias)
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear layer, its weight (d, out)."""
-
-    def __init__(self, d, out):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(d, out)), nn.Parameter(torch.zeros(out))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
 
 
 def called(m, x):
@@ -223,15 +211,13 @@ def step_of(make, net, x, steps=1):
     """The optimizer after its last step, outputs with gradients, by how much parameters moved."""
     optimizer = make(net, loss_terms=len(x), stat_decay=0.0, gamma=0.0)
     for _ in range(steps):
-        optimizer.zero_grad()
-        before, ys = parameters(net), net(x)
+        ys = net(x)
         ys = [ys] if torch.is_tensor(ys) else ys
         for y in ys:
             y.retain_grad()
         torch.manual_seed(1)
-        sum((y * randn(*y.shape)).sum() for y in ys).backward()
-        optimizer.step()
-    return optimizer, ys, {name: before[name] - p.detach() for name, p in net.named_parameters()}
+        moved = take_step(net, optimizer, sum((y * randn(*y.shape)).sum() for y in ys))
+    return optimizer, ys, moved
 
 
 def matrix(layer, weight, bias):
@@ -399,9 +385,7 @@ TOOLS = dict(
     export=lambda net, x: torch.export.export(net, (x,), strict=False),
     strict_export=lambda net, x: torch.export.export(net, (x,), strict=True),
     trace=lambda net, x: torch.jit.trace(net, x, check_trace=False),
-    inference=in_inference_mode,
-    never_backward=lambda net, x: net(3 * x),
-    copy=lambda net, x: copy.deepcopy(net)(x).sum().backward())
+    inference=in_inference_mode)
 
 
 @pytest.mark.filterwarnings("ignore")                     # torch.jit is deprecated
@@ -509,39 +493,31 @@ def test_nested_models(make):
 
 def test_threads(make):
     """Two threads that run the halves of each batch at once."""
-    def loop(model, optimizer, data):
-        for x, y in data:
-            optimizer.zero_grad()
-            outs, meet = {}, threading.Barrier(2)
+    def at_once(model, x, y):
+        outs, meet = {}, threading.Barrier(2)
 
-            def run(i):
-                meet.wait()
-                outs[i] = model(x.chunk(2)[i])
-            threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            F.cross_entropy(torch.cat([outs[0], outs[1]]), y).backward()
-            optimizer.step()
+        def run(i):
+            meet.wait()
+            outs[i] = model(x.chunk(2)[i])
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        F.cross_entropy(torch.cat([outs[0], outs[1]]), y).backward()
 
-    def halves(model, optimizer, data):
-        for x, y in data:
-            optimizer.zero_grad()
-            F.cross_entropy(torch.cat([model(half) for half in x.chunk(2)]), y).backward()
-            optimizer.step()
-    close(*(trained(make, each, net=small(), loss_terms=6) for each in (loop, halves)), 1e-12)
+    def in_turn(model, x, y):
+        F.cross_entropy(torch.cat([model(half) for half in x.chunk(2)]), y).backward()
+    close(*(trained(make, loop_of(work), net=small(), loss_terms=6) for work in (at_once, in_turn)),
+          1e-12)
 
 
 def test_parts_called(make):
     """A model whose parts are called, none through its own forward."""
-    def loop(model, optimizer, data):
-        for x, y in data:
-            optimizer.zero_grad()
-            tokens = model.attn(model.conv(x).flatten(2).mT)
-            F.cross_entropy(model.head(model.mlp(tokens.tanh()).mean(1)), y).backward()
-            optimizer.step()
-    close(trained(make, loop, net=small()), reference(make), 1e-13)
+    def work(model, x, y):
+        tokens = model.attn(model.conv(x).flatten(2).mT)
+        F.cross_entropy(model.head(model.mlp(tokens.tanh()).mean(1)), y).backward()
+    close(trained(make, loop_of(work), net=small()), reference(make), 1e-13)
 
 
 # ---- torch.compile ----

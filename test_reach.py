@@ -17,8 +17,8 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mac import MAC
-from testing import (OPTIMIZERS, close, loss_of, make_data, make_net, on_ranks, parameters, raises,
-                     randn, snapshot, trained)
+from testing import (OPTIMIZERS, Conv1D, close, loss_of, make_data, make_net, on_ranks, parameters,
+                     raises, randn, snapshot, take_step, trained)
 
 DATA = make_data(6, batch=12)
 on_cpus = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
@@ -38,17 +38,6 @@ def sharded(net, *shape, **options):
     return net
 
 
-def whole(net, optimizer):
-    """What testing.snapshot gives, of parameters and states that ranks share."""
-    values = {name: p for name, p in net.named_parameters()}
-    for name, p in net.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
-            values[f"{name}: {key}"] = value
-    values = {key: value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
-              for key, value in values.items()}
-    return {key: value.detach().double() for key, value in values.items()}
-
-
 def train_on_ranks(net, optimizer, data, rank, world, parts=1):
     """Each rank's equal share of the batches, in so many micro-batches."""
     for x, y in data:
@@ -66,7 +55,7 @@ def under_fully_shard(rank, world, shape, parts, options):
         net = sharded(make_net(), *shape, **options)
         optimizer = make(net)
         train_on_ranks(net, optimizer, DATA, rank, world, parts)
-        found[name] = whole(net, optimizer)
+        found[name] = snapshot(net, optimizer)
     return found
 
 
@@ -92,21 +81,12 @@ class Others(nn.Module):
         super().__init__()
         self.first = nn.Linear(8, 8)
         self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, bias=False, batch_first=True)
-        self.turned = Conv1D(6, 8)
+        self.turned = Conv1D(8, 6)
         self.columns = nn.Linear(6, 5, bias=False)
 
     def forward(self, x):
         x = self.first(x)
         return self.columns(self.turned(self.attention(x, x[..., :6], x[..., :6])[0]))
-
-
-class Conv1D(nn.Module):
-    def __init__(self, out, d):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(d, out)), nn.Parameter(torch.zeros(out))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
 
 
 def others_on_ranks(rank, world):
@@ -129,10 +109,8 @@ def others_on_ranks(rank, world):
         if name == "mac":
             optimizer.calibrate(data[:2, rank::world])
         for x in data[:, rank::world]:
-            optimizer.zero_grad()
-            net(x).square().mean().backward()
-            optimizer.step()
-        found[name] = whole(net, optimizer)
+            take_step(net, optimizer, net(x).square().mean())
+        found[name] = snapshot(net, optimizer)
     return found
 
 
@@ -179,7 +157,7 @@ def in_bfloat16(rank, world):
         net = sharded(make_net(dtype=torch.float32), world, mp_policy=policy)
         optimizer = make(net)
         train_on_ranks(net, optimizer, [(x.float(), y) for x, y in DATA], rank, world, 3)
-        found[name] = whole(net, optimizer)
+        found[name] = snapshot(net, optimizer)
         assert not any(value.dtype == torch.bfloat16 for state in optimizer.state.values()
                        for value in state.values() if torch.is_tensor(value))
     return found
@@ -266,7 +244,7 @@ def six_steps(name, rank, world, kind, folder, save=False):
             optimizer.zero_grad()
             with_extra(x.chunk(world)[rank], y.chunk(world)[rank], model).backward()
             optimizer.step()
-    return whole(net, optimizer)
+    return snapshot(net, optimizer)
 
 
 @on_cpus

@@ -70,12 +70,14 @@ def parameters(model):
 
 
 def snapshot(model, optimizer):
-    """Every parameter, and every tensor and number of the optimizer's state, by name."""
-    values = {name: p for name, p in model.named_parameters()}
+    """Every parameter, and every tensor and number of the optimizer's state, by name; whole."""
+    values = dict(model.named_parameters())
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             values[f"{name}: {key}"] = value
-    return {key: torch.as_tensor(value).detach().double().clone() for key, value in values.items()}
+    values = {key: value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
+              for key, value in values.items()}
+    return {key: value.detach().double().clone() for key, value in values.items()}
 
 
 def modules_with(name):
@@ -125,6 +127,17 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, its weight (d, out)."""
+
+    def __init__(self, d, out):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(d, out)), nn.Parameter(torch.zeros(out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+
+
 class Uses(nn.Module):
     """`layer`, and a function of self and x that uses its weight; `beside`, an ordinary layer."""
 
@@ -156,11 +169,26 @@ def loss_of(model, x, y):
     return F.cross_entropy(model(x), y)
 
 
-def usual(model, optimizer, data):
-    for x, y in data:
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        optimizer.step()
+def take_step(model, optimizer, loss):
+    """One step on this loss; by how much each parameter has moved."""
+    optimizer.zero_grad()
+    before = parameters(model)
+    loss.backward()
+    optimizer.step()
+    return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+
+def loop_of(work):
+    """The loop that does this with each batch between zero_grad() and step()."""
+    def loop(model, optimizer, data):
+        for x, y in data:
+            optimizer.zero_grad()
+            work(model, x, y)
+            optimizer.step()
+    return loop
+
+
+usual = loop_of(lambda model, x, y: loss_of(model, x, y).backward())
 
 
 def trained(make, loop=usual, data=None, net=None, **options):
