@@ -256,15 +256,19 @@ class Mutants:
         tests = [*items] if self.args.every else quickest(
             tests or self.calls, self.times, self.kills, path.stem)
         hang = None if self.args.every else 60 + 10 * sum(self.times[test] for test in tests)
-        path.write_text(edited)              # for processes that tests start, and what imports do
+        path.write_text(edited)                          # for processes that tests start
         if function is not None:
             found = in_child(lambda: first_failure(
                 [items[test] for test in tests],
                 lambda: exchange(str(path), edited, function)), hang)
-            return "a crash, or the hang guard" if found is None else found
-        done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-x", "-q", "--tb=no", "-p",
-                               "no:cacheprovider", *tests], cwd=self.folder, capture_output=True,
-                              text=True)
+            if found is not None:
+                return found             # else it hangs, crashes, or no function takes such a body
+        try:
+            done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-x", "-q", "--tb=no",
+                                   "-p", "no:cacheprovider", *tests], cwd=self.folder,
+                                  capture_output=True, text=True, timeout=hang)
+        except subprocess.TimeoutExpired:
+            return "the hang guard"
         failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(
             ("FAILED", "ERROR"))]
         return failed[0] if failed else "a crash" if done.returncode else ""

@@ -57,6 +57,7 @@ import models
 import nysact
 import patches
 from adafisher import AdaFisher, AdaFisherW
+from calls import count_terms
 from foof import FOOF
 from kfac import KFAC
 from mac import MAC
@@ -1246,7 +1247,7 @@ def test_mac_first_layer(build, first, shape):
 
 
 @pytest.mark.parametrize("build, first, shape", (
-    (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)), "0", (4,)),
+    (lambda: nn.Sequential(nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 5)), "0", (4,)),
     (small_vit, "patch_embed.proj", (3, 6, 6)), (norm_then_conv, "1", (3, 6, 6))),
     ids=("Linear", "patch embedding", "after a norm"))
 @pytest.mark.parametrize("training", (False, True))
@@ -1824,6 +1825,7 @@ def test_kfac_terms_said():
         take_step(layer, optimizer, F.cross_entropy(layer(rows).flatten(0, -2), labels.flatten()))
         states.append(optimizer.state[layer.weight]["output_covariance"])
     close(*states, 1e-12)
+    assert count_terms([], 5, False) == 0           # of a rank none of whose layers ran
     optimizer.loss_terms = "all"
     optimizer.steps = 0
     optimizer.begin_step()
@@ -2023,6 +2025,14 @@ def test_nysact_rank(kind):
     close(approximated(A, S @ M), approximated(A, S), 1e-11)
     A, v, c = outlier(30, 7.0, 0.2, S)
     close(v.T @ approximated(A, S)[0] @ v, (7.2 ** 2 * c / (7.0 * c + 0.2)).view(1, 1), 1e-12)
+
+
+@pytest.mark.parametrize("δ, fails", ((4e-4, False), (6e-4, True)))
+def test_nysact_of_another_sketch(δ, fails):
+    """Beside ‖Y‖ = 1 the eigenvalue −δ of SᵀY, or 2δ of asymmetry, is rounding up to 2δ = 1e-3."""
+    S = torch.eye(5, 2).double()[None]
+    for core in ([[1, 0], [0, -δ]], [[1, 2 ** 0.5 * δ], [0, 0]]):
+        assert nysact.nystrom(S @ torch.tensor(core).double(), S)[2].item() == fails
 
 
 def released(A, S, damping):
