@@ -109,8 +109,6 @@ def at_last(m, x):
 NORMED = own(nn.Linear, lambda m, x: affine(m, F.layer_norm(x, x.shape[-1:])), 4, 9)
 ROWS, TOKENS, IMAGES = (5, 4), (2, 3, 4), (2, 2, 3, 3)
 EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out) or (B, out, ...)
-    "a module": (linear, called, ROWS),
-    "tokens": (linear, called, TOKENS),
     "normalises": (NORMED, called, ROWS),
     "normalises tokens": (NORMED, called, TOKENS),
     "pads": (own(nn.Linear, lambda m, x: affine(m, F.pad(x, (1, 0))), 5, 9), called, ROWS),
@@ -122,7 +120,6 @@ EXACT_USES = {      # the layer, its use, x's shape; what comes out is (..., out
                          called, (2, 2, 3, 4)),
     "returns tokens": (own(nn.Conv2d, lambda m, x: nn.Conv2d.forward(m, x).flatten(2).mT, 2, 9, 2),
                        called, IMAGES),
-    "groups": (conv(groups=2), called, (2, 2, 2, 3)),
     "forward replaced": (replaced, called, ROWS),
     "pre-hook": (hooked, called, ROWS),
     "F.linear": (linear, functional(F.linear), TOKENS),
@@ -446,12 +443,10 @@ def test_exception_that_the_model_catches(make):
 @only("mac", "foof", "nysact", "kfac")
 def test_two_optimizers_on_parts_of_one_model(make):
     """They end where one ends. (K-FAC without its clip, which joins all layers.)"""
-    def halves(net):
-        return [p for name, p in net.named_parameters() if ("attn" in name) == wanted]
     options, nets = dict(kl_clip=None, input_covariance=False), (small(), small())
-    optimizers = []
-    for wanted in (False, True):
-        optimizers.append(make(nets[0], params=halves(nets[0]), **options))
+    optimizers = [make(nets[0], params=[p for name, p in nets[0].named_parameters()
+                                        if ("attn" in name) == wanted], **options)
+                  for wanted in (False, True)]
     together = make(nets[1], **options)
     for x, y in make_data(8):
         for optimizer in (*optimizers, together):

@@ -149,7 +149,7 @@ def test_loop(make, loop):
     close(trained(make, LOOPS[loop][0]), reference(make), LOOPS[loop][1])
 
 
-@only("mac", "foof", "nysact", "adafisher")      # K-FAC's steps, the released averages see the scale
+@only("mac", "foof", "nysact", "adafisher")         # the steps of the others see the loss's scale
 def test_loss_scale(make):
     """The loss times 2¹⁰ and the gradients divided by it; AdaFisher's S sees it, F̃ does not."""
     def scaled(model, x, y):

@@ -216,17 +216,13 @@ def wrapped(net, world, kind):
             "ddp": lambda: nn.parallel.DistributedDataParallel(net)}[kind]()
 
 
-def saved_on_ranks(rank, world, kind, folder, names):
-    """Six steps, the state written to a folder for each optimizer after three of them."""
-    return {name: six_steps(name, rank, world, kind, folder / name, save=True) for name in names}
+def with_each(rank, world, names, *arguments):
+    return {name: six_steps(rank, world, name, *arguments) for name in names}
 
 
-def restored_on_ranks(rank, world, kind, folder, names):
-    """The last three of six steps, with other numbers to begin with, from what was written."""
-    return {name: six_steps(name, rank, world, kind, folder / name) for name in names}
-
-
-def six_steps(name, rank, world, kind, folder, save=False):
+def six_steps(rank, world, name, kind, folder, save):
+    """Six steps, the state written to a folder after three of them; or only the last three, with
+    other numbers to begin with, from what was written."""
     net = make_net(0 if save else 1)
     model = wrapped(net, world, kind)
     optimizer = OPTIMIZERS[name](model)
@@ -235,9 +231,9 @@ def six_steps(name, rank, world, kind, folder, save=False):
             model_state, state = get_state_dict(model, optimizer)
             both = {"model": model_state, "optimizer": state}
             if save:
-                checkpoint.save(both, checkpoint_id=folder)
+                checkpoint.save(both, checkpoint_id=folder / name)
             else:
-                checkpoint.load(both, checkpoint_id=folder)
+                checkpoint.load(both, checkpoint_id=folder / name)
                 set_state_dict(model, optimizer, model_state_dict=both["model"],
                                optim_state_dict=both["optimizer"])
         if save or step >= 3:
@@ -254,8 +250,8 @@ def six_steps(name, rank, world, kind, folder, save=False):
     (("fsdp", 2), ("one", 1), ("mac", "kfac"))], ids=str)
 def test_distributed_checkpoint(before, after, names, tmp_path):
     """Another number of ranks goes on as those that saved would have."""
-    want = on_ranks(before[1], saved_on_ranks, before[0], tmp_path, names)[0]
-    for result in on_ranks(after[1], restored_on_ranks, after[0], tmp_path, names):
+    want = on_ranks(before[1], with_each, names, before[0], tmp_path, True)[0]
+    for result in on_ranks(after[1], with_each, names, after[0], tmp_path, False):
         for name in names:
             close(result[name], want[name], 1e-10)
 
