@@ -8,10 +8,10 @@
 An edit flips a sign or a comparison, drops a factor, a transpose or a statement, swaps operands,
 arguments or axes, changes a number or a flag. Each is made in a copy of the project in a temporary
 folder. pytest collects the tests once; for each edit a fork gives the function its edited body and
-runs tests until one fails: of those that call the function a few parametrisations, the quickest and
-what caught earlier edits first. (Edits of what is done on import take a new process.) A survivor is
-a hole in the tests, an edit that changes nothing (an equivalent one), or one that --every catches:
-read it and decide. Needs fork(), so Linux or macOS.
+runs the tests that call it until one fails: what caught earlier edits first, then one of each test,
+the quickest first, then other parametrisations, for so many --seconds. (Edits of what is done on
+import take a new process.) A survivor is a hole in the tests, an edit that changes nothing (an
+equivalent one), or one that --every catches: read it and decide. Needs fork(), so Linux or macOS.
 """
 import argparse
 import ast
@@ -19,6 +19,7 @@ import collections
 import contextlib
 import copy
 import gc
+import itertools
 import multiprocessing
 import os
 import random
@@ -76,7 +77,8 @@ def edits_of(node):
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield changed(value=not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        yield changed(value=node.value + 1 if isinstance(node.value, int) else 2 * node.value)
+        yield changed(value=node.value + 1 if isinstance(node.value, int)
+                      else 2 * node.value or 1.0)
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         if node.attr in NAMES:
             yield changed(attr=NAMES[node.attr])
@@ -145,17 +147,22 @@ def passes(item):
     return not any(report.failed for report in runtestprotocol(item, log=False, nextitem=None))
 
 
-def first_failure(items, prepare=lambda: None):
-    """The first of these tests that fails; "" if all pass."""
+def first_failure(items, seconds, prepare):
+    """The first of these tests that fails; "" if all pass that take so many seconds of work."""
     prepare()
-    return next((item.nodeid for item in items if not passes(item)), "")
+    for item in items:
+        if not passes(item):
+            return item.nodeid
+        if time.process_time() > seconds:
+            break
+    return ""
 
 
 def measured(items, folder):
     """({test: seconds}, {test: the project's functions that it calls}, the first failure)."""
     times, calls, failed = {}, {}, ""
     for item in items:
-        called, start = calls.setdefault(item.nodeid, set()), time.perf_counter()
+        called, start = calls.setdefault(item.nodeid, set()), time.process_time()
 
         def trace(frame, event, arg):
             if frame.f_code.co_filename.startswith(folder):
@@ -163,31 +170,27 @@ def measured(items, folder):
         sys.settrace(trace)
         failed = failed or ("" if passes(item) else item.nodeid)
         sys.settrace(None)
-        times[item.nodeid] = time.perf_counter() - start
+        times[item.nodeid] = time.process_time() - start
     return times, calls, failed
 
 
-def sample(items, most=2):
-    """Of each test, for each file that its parametrisations name, so many, evenly spaced."""
-    stems, tests = [name.removesuffix(".py") for name in TESTS], collections.defaultdict(list)
+def sample(items):
+    """One of each test, for each file that its parametrisations name."""
+    stems, tests = [name.removesuffix(".py") for name in TESTS], {}
     for item in items:
         test, _, parameters = item.nodeid.partition("[")
-        tests[test, *(stem for stem in stems if stem in parameters)].append(item)
-    return [each[i * len(each) // min(most, len(each))] for each in tests.values()
-            for i in range(min(most, len(each)))]
+        tests.setdefault((test, *(stem for stem in stems if stem in parameters)), item)
+    return tests.values()
 
 
-def quickest(names, times, kills, stem, most=3):
-    """What caught earlier edits, then of each test the parametrisations that name the file, then
-    the quickest."""
-    chosen, taken = [], collections.Counter()
-    for name in sorted(names, key=lambda name: (
-            -kills[name], stem not in name.split("::")[1], times[name])):
-        test = name.split("[")[0]
-        if kills[name] or taken[test] < most:
-            chosen.append(name)
-            taken[test] += 1
-    return chosen
+def in_order(called, names, times, kills, stem):
+    """What caught earlier edits, then of those called what names the file, then the quickest; then
+    the other parametrisations of the same tests."""
+    tests = {name.split("[")[0]: times[name] for name in called}
+    names = [name for name in names if name in called or name.split("[")[0] in tests]
+    return sorted(names, key=lambda name: (
+        -kills[name], name not in called, stem not in name.split("::")[1],
+        times.get(name, tests[name.split("[")[0]])))
 
 
 def function_of(tree, node):
@@ -251,18 +254,22 @@ class Mutants:
 
     def killer(self, items, path, edited, function):
         """The test that fails with this edit, or ""."""
-        tests = [test for test in self.calls
-                 if function is None or (path.name, function.name) in self.calls[test]]
-        tests = [*items] if self.args.every else quickest(
-            tests or self.calls, self.times, self.kills, path.stem)
-        hang = None if self.args.every else 60 + 10 * sum(self.times[test] for test in tests)
+        called = [test for test in self.calls
+                  if function is None or (path.name, function.name) in self.calls[test]]
+        tests = in_order(called or [*self.calls], items, self.times, self.kills, path.stem)
+        seconds, hang = self.args.seconds, 60 + 15 * self.args.seconds
+        if self.args.every:
+            tests, seconds, hang = [*items], float("inf"), None
         path.write_text(edited)                          # for processes that tests start
         if function is not None:
             found = in_child(lambda: first_failure(
-                [items[test] for test in tests],
+                [items[test] for test in tests], seconds,
                 lambda: exchange(str(path), edited, function)), hang)
             if found is not None:
                 return found             # else it hangs, crashes, or no function takes such a body
+        spent = itertools.accumulate(self.times.get(test, 0) for test in tests)
+        tests = [test for test, sum_of_times in zip(tests, spent) if sum_of_times <= seconds
+                 and (test in self.calls or self.args.every)]
         try:
             done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-x", "-q", "--tb=no",
                                    "-p", "no:cacheprovider", *tests], cwd=self.folder,
@@ -280,7 +287,9 @@ def main():
     parser.add_argument("--count", type=int, default=20, help="edits in each file (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=int, nargs="+", help="only those edits that are here")
-    parser.add_argument("--every", action="store_true", help="every parametrisation, not a few")
+    parser.add_argument("--seconds", type=float, default=20,
+                        help="of tests that an edit may pass, in processor time (default 20)")
+    parser.add_argument("--every", action="store_true", help="all tests, whatever they take")
     args = parser.parse_args()
     here, groups = Path(__file__).resolve().parent, collections.defaultdict(list)
     for name in args.files:

@@ -1298,7 +1298,8 @@ def test_mac_refuses():
     wide = nn.Sequential(nn.Linear(20_000, 2))
     raises(ValueError, ["20001", "input_covariance=False", "layer, 0"], lambda: MAC(wide))
     MAC(wide, input_covariance=False)
-    raises(ValueError, ["calibrate", "no batch"], lambda: MAC(make_net()).calibrate([]))
+    raises(ValueError, ["calibrate", "no batch"],
+           lambda: MAC(nn.Conv2d(3, 4, 3)).calibrate([torch.zeros(0, 3, 5, 5)]))
     raises(ValueError, ["calibrate", "no first layer"],
            lambda: MAC(models.Attention(4, 2)).calibrate([torch.zeros(1, 2, 4)]))
     raises(TypeError, ["calibrate", "dict"], lambda: MAC(make_net()).calibrate([{"x": 1}]))
