@@ -265,6 +265,13 @@ def linear():
     return nn.Linear(4, 3)
 
 
+def by_columns():
+    """A weight that lies column after column in memory."""
+    layer = linear()
+    layer.weight.data = layer.weight.data.mT.contiguous().mT
+    return layer
+
+
 def conv3():
     return nn.Conv2d(2, 3, 3, padding=1)
 
@@ -277,6 +284,7 @@ STEPS = {     # what is called on which input(s)
     "Linear, image of tokens": (linear, lambda net: [net(randn(5, 4, 2, 3).permute(0, 2, 3, 1))]),
     "Linear, expanded": (linear, lambda net: [net(randn(1, 4).expand(5, 4))]),
     "Linear, frozen bias": (lambda: freeze_biases(linear()), (5, 4)),
+    "Linear, by columns": (by_columns, (5, 4)),
     "Linear, keyword": (linear, lambda net: [net(input=randn(5, 4))]),
     "two calls": (linear, lambda net: [net(randn(5, 4)), net(randn(2, 4))]),
     "two layers": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (5, 4)),
@@ -1802,6 +1810,7 @@ def test_kfac_terms_said():
     """A number for each step, of targets that are not ignored; what is refused."""
     for value in ("rows", -1, math.inf, math.nan):
         raises(ValueError, ["loss_terms", str(value)], lambda: KFAC(make_net(), loss_terms=value))
+    KFAC(make_net(), loss_terms=0)             # all targets of a rank may be ignored
     y = torch.tensor([[1, -100, 2], [3, -100, -100], [0, 1, 2], [-100, -100, 4]])
     kept, states = y.flatten() != -100, []
     x, layer = randn(4, 3, 6), nn.Linear(6, 5).double()

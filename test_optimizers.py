@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import bench
 import models
+from blocks import joined
 from testing import (OPTIMIZERS, SGD_FAMILY, Uses, close, copy_of_run, device_type, known, loop_of,
                      loss_of, make_data, make_net, on_ranks, only, only_cpu, parameters, raises,
                      randn, set_everywhere, snapshot, take_step, trained, usual)
@@ -674,6 +675,15 @@ def test_stacks(make, loop, monkeypatch):
     for stack in (1, 2 * 4 * 4 * 9):
         set_everywhere(monkeypatch, "STACK", stack)
         close(trained(make, loop, twins_data(), make_twins(), loss_terms=11), want, 1e-11)
+
+
+def test_joined():
+    """All parts of a tensor in order are that tensor, without a copy; others are put together."""
+    whole = randn(6, 2)
+    parts = whole.split(2)
+    assert joined(parts) is whole and joined(parts[:1]) is parts[0]
+    for some in (parts[:2], parts[::-1]):
+        close(joined(some), torch.cat(some), 0)
 
 
 def test_launches(make):
