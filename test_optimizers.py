@@ -838,9 +838,7 @@ def test_unfrozen(make):
     optimizer = make(net, loss_terms=5)
     for step in range(4):
         net.layer.requires_grad_(step > 1)
-        optimizer.zero_grad()
-        net(randn(5, 4)).square().sum().backward()
-        optimizer.step()
+        take_step(net, optimizer, net(randn(5, 4)).square().sum())
     assert optimizer.state[net.layer.weight]["updates"] == 1
 
 
@@ -849,9 +847,7 @@ def test_step_of_an_empty_batch(make):
     net = make_net()
     optimizer = make(net)
     usual(net, optimizer, make_data(2))
-    optimizer.zero_grad()
-    net(make_data(1)[0][0][:0]).sum().backward()
-    optimizer.step()
+    take_step(net, optimizer, net(make_data(1)[0][0][:0]).sum())
     assert optimizer.state[net.head.weight]["updates"] == 1
 
 
@@ -867,9 +863,7 @@ def test_warm_up_from_zero_without_layers(make):
                               weight_decay=0.0)
         for lr in (0.0, 0.1):
             optimizer.param_groups[0]["lr"] = lr
-            optimizer.zero_grad()
-            net.weight.square().sum().backward()
-            optimizer.step()
+            take_step(net, optimizer, net.weight.square().sum())
         ends.append(net.weight)
     close(*ends, 1e-14)
 
