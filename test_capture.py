@@ -5,6 +5,7 @@ them has the gradient G = Σ g aᵀ, g = ∂loss/∂s. With no more rows than ou
 gives the rows back, a = (gᵀ)⁺ G. With them the step is formed as the paper has it.
 """
 import contextlib
+import copy
 import functools
 import threading
 
