@@ -341,7 +341,7 @@ def test_mean_reaches_the_policy(monkeypatch):
 
 def test_options_run(tmp_path):
     """What is off by default: it runs, and the checkpoint is tested, and loaded as weights."""
-    flags = ("--model resnet_test --val-resize-size 32 --val-crop-size 32 --train-crop-size 32 "
+    flags = ("--model resnet_test --val-crop-size 32 --train-crop-size 32 "
              "-b 8 --model-ema --model-ema-steps 1 --mixup 0.2 --cutmix 1 --random-erase 0.5 "
              "--channels_last --calibrate --label-smoothing 0.1 --norm-weight-decay 0 --workers 2 "
              "--train-size 24 --mean 0.5 0.5 0.5 --std 0.2 0.2 0.2")

@@ -109,7 +109,9 @@ def others_on_ranks(rank, world):
         if name == "mac":
             optimizer.calibrate(data[:2, rank::world])
         for x in data[:, rank::world]:
-            take_step(net, optimizer, net(x).square().mean())
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
         found[name] = snapshot(net, optimizer)
     return found
 
