@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from mac import MAC
 from testing import (OPTIMIZERS, Conv1D, close, loss_of, make_data, make_net, on_ranks, parameters,
-                     raises, randn, snapshot, take_step, trained)
+                     raises, randn, snapshot, trained)
 
 DATA = make_data(6, batch=12)
 on_cpus = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
