@@ -354,8 +354,8 @@ def step_ratios(results):
     """{optimizer: step time as a ratio to SGD's}, as bench.py printed it last, if it did."""
     file = Path(results, "bench-resnet20.txt")
     text = file.read_text(encoding="utf-8").split("\n\n")[0] if file.exists() else ""
-    ratios = {optim: float(parts) for optim, parts in
-              re.findall(r"^(\w+) +[\d.]+ \([\d.]+ to [\d.]+\) +([\d.]+)", text, re.M)}
+    ratios = {optim: float(ratio) for optim, ratio in
+              re.findall(r"^(\w+) +([\d.]+) \([\d.]+ to", text, re.M)}
     return ratios and ratios | {"adafisher-printed": ratios["adafisher"], "adamw": 1.0}
 
 

@@ -10,7 +10,7 @@ from reproduce import Arm, Study, Trial
 
 TINY = ("train_cifar.py --dataset shapes --train_size 16 --batch_size 8 --epoch 1 --model lenet5 "
         "--optim sgd")
-BENCH = "".join(f"{optim}  0.0 (0.9 to 1.1)  {ratio}  \n" for optim, ratio in
+BENCH = "".join(f"{optim}  {ratio} (0.9 to 1.1)  0.0  \n" for optim, ratio in
                 (("sgd", 1.0), ("mac", 1.05), ("adafisher", 1.0)))
 
 
