@@ -407,7 +407,7 @@ class Preconditioner(torch.optim.Optimizer):
                              + reasons.get(p, ""))
         return "\n".join([super().__repr__(), f"preconditioned: {len(lines)} weights, "
                           f"{share:.1%} of all numbers, {size:,} bytes of statistics"
-                          + ("" if self.captured else ", none yet"), *lines,
+                          + ("" if self.captured else " to come"), *lines,
                           "plain step: " + (", ".join(dict.fromkeys(plain)) or "nothing else")])
 
     def how(self, layer):
