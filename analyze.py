@@ -221,16 +221,16 @@ def overview(args):
         for values, colour, label in zip(zip(*along), ("C0", "C3"), ("SGD", "MAC")):
             middle.plot(range(2, len(names) + 2), values, "o", ms=5, color=colour, label=label)
         middle.set_ylim(0, 1)
-        finish(middle, "layer", "part of the step's length along ā",
-               "So in every layer")
+        finish(middle, "layer", "length along ā, over the gradient's",
+               "So in every layer (the first is treated otherwise)")
         for values, colour, label in zip(losses, ("C0", "C3"), ("SGD", "MAC")):
             right.plot([statistics.mean(values[max(0, i - 19):i + 1]) for i in range(len(values))],
                        color=colour, label=label)
         finish(right, "step", "training loss", "And the loss falls faster, at the same rate")
     sizes = [span([100 * values[i] for values in along], 2) for i in (0, 1)]
     publish(args, setup, f"{args.steps} steps at lr {setup.config['lr']:g}", f"""{sizes[0]} % of a
-        gradient's length lie along the mean input of its layer, of MAC's step {sizes[1]} % of
-        that length; the rest is the same.""", ("of", "at", "sgd", "mac"),
+        gradient's length lie along the mean input of its layer; MAC leaves {sizes[1]} % of that
+        length there, and all that lies across. Right: both at the same rate.""", ("of", "at", "sgd", "mac"),
             [*(("length along the mean", name, *both) for name, both in zip(names, along)),
              *(("loss", step, *both) for step, both in enumerate(zip(*losses), 1))],
             [("length along the mean", name, *both) for name, both in zip(names, along)],
