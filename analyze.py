@@ -230,7 +230,8 @@ def overview(args):
     sizes = [span([100 * values[i] for values in along], 2) for i in (0, 1)]
     publish(args, setup, f"{args.steps} steps at lr {setup.config['lr']:g}", f"""{sizes[0]} % of a
         gradient's length lie along the mean input of its layer; MAC leaves {sizes[1]} % of that
-        length there, and all that lies across. Right: both at the same rate.""", ("of", "at", "sgd", "mac"),
+        length there, and all that lies across. Right: both at the same rate.""",
+            ("of", "at", "sgd", "mac"),
             [*(("length along the mean", name, *both) for name, both in zip(names, along)),
              *(("loss", step, *both) for step, both in enumerate(zip(*losses), 1))],
             [("length along the mean", name, *both) for name, both in zip(names, along)],
