@@ -206,27 +206,6 @@ def overview(args):
     points = project(setup.net, batches[0][0], layer, torch.stack([u, across]))
     points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:1000]]
 
-    def draw(picture):
-        left, middle, right = picture.subplots(1, 3, width_ratios=(1.2, 1, 1))
-        left.plot(*points.T, ".", ms=3, color="0.75", label="inputs")
-        end = 1.1 * points[:, 0].quantile(0.99).item()
-        left.set_xlim(-0.1 * end, end)
-        size = 0.9 * min(end / arrows[0][0], left.get_ylim()[1] / arrows[0][1])
-        for (x, y), colour, label in zip(arrows, ("C0", "C3"), ("step of SGD", "step of MAC")):
-            left.annotate("", (size * x, size * y), (0, 0), arrowprops=dict(
-                arrowstyle="-|>", color=colour, lw=2.5, mutation_scale=18))
-            left.plot([], [], color=colour, lw=2.5, label=label)
-        finish(left, "along the mean input ā", "across it",
-               "Inputs lie to one side. MAC steps less far that way")
-        for values, colour, label in zip(zip(*along), ("C0", "C3"), ("SGD", "MAC")):
-            middle.plot(range(2, len(names) + 2), values, "o", ms=5, color=colour, label=label)
-        middle.set_ylim(0, 1)
-        finish(middle, "layer", "length along ā, over the gradient's",
-               "So in every layer (the first is treated otherwise)")
-        for values, colour, label in zip(losses, ("C0", "C3"), ("SGD", "MAC")):
-            right.plot([statistics.mean(values[max(0, i - 19):i + 1]) for i in range(len(values))],
-                       color=colour, label=label)
-        finish(right, "step", "training loss", "And the loss falls faster, at the same rate")
     sizes = [span([100 * values[i] for values in along], 2) for i in (0, 1)]
     publish(args, setup, f"{args.steps} steps at lr {setup.config['lr']:g}", f"""{sizes[0]} % of a
         gradient's length lie along the mean input of its layer; MAC leaves {sizes[1]} % of that
@@ -235,7 +214,31 @@ def overview(args):
             [*(("length along the mean", name, *both) for name, both in zip(names, along)),
              *(("loss", step, *both) for step, both in enumerate(zip(*losses), 1))],
             [("length along the mean", name, *both) for name, both in zip(names, along)],
-            (11.1, 3.7), draw)
+            (11.1, 3.7), partial(draw_overview, points=points, arrows=arrows, along=along,
+                                 losses=losses))
+
+
+def draw_overview(picture, points, arrows, along, losses):
+    left, middle, right = picture.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    left.plot(*points.T, ".", ms=3, color="0.75", label="inputs")
+    end = 1.1 * points[:, 0].quantile(0.99).item()
+    left.set_xlim(-0.1 * end, end)
+    size = 0.9 * min(end / arrows[0][0], left.get_ylim()[1] / arrows[0][1])
+    for (x, y), colour, label in zip(arrows, ("C0", "C3"), ("step of SGD", "step of MAC")):
+        left.annotate("", (size * x, size * y), (0, 0), arrowprops=dict(
+            arrowstyle="-|>", color=colour, lw=2.5, mutation_scale=18))
+        left.plot([], [], color=colour, lw=2.5, label=label)
+    finish(left, "along the mean input ā", "across it",
+           "Inputs lie to one side. MAC steps less far that way")
+    for values, colour, label in zip(zip(*along), ("C0", "C3"), ("SGD", "MAC")):
+        middle.plot(range(2, len(along) + 2), values, "o", ms=5, color=colour, label=label)
+    middle.set_ylim(0, 1)
+    finish(middle, "layer", "length along ā, over the gradient's",
+           "So in every layer (the first is treated otherwise)")
+    for values, colour, label in zip(losses, ("C0", "C3"), ("SGD", "MAC")):
+        right.plot([statistics.mean(values[max(0, i - 19):i + 1]) for i in range(len(values))],
+                   color=colour, label=label)
+    finish(right, "step", "training loss", "And the loss falls faster, at the same rate")
 
 
 def effect(args):
