@@ -28,8 +28,8 @@ from flags import RECIPES, make_optimizer
 from logs import labels
 from mac import MAC
 from models import CIFAR_MODELS, Attention
-from optimizer import running_mean
 from patches import Geometry
+from pooling import running_mean
 from ranks import UsageError
 from run import Diverged
 from spectra import Moments, top_cosine

@@ -577,17 +577,21 @@ def test_folder_whose_name_is_no_text(tmp_path):
 
 def test_output_that_nobody_reads(tmp_path, monkeypatch):
     """As of `| head`: the run is saved, says so, and goes on."""
-    line = f"{IMAGENET} --print-freq 4 --output_dir {tmp_path}/run"
-
     def broken(*words, **_):
         if "step 4/" in words[0]:
             raise BrokenPipeError(32, "Broken pipe")
+    check_mended(tmp_path, monkeypatch, f"{IMAGENET} --print-freq 4", run, "print", broken,
+                 "Broken pipe")
+
+
+def check_mended(tmp_path, monkeypatch, line, module, name, broken, words):
+    """A run that this ends after step 4 is saved and says so; mended, it equals a straight one."""
     with monkeypatch.context() as patch:
-        patch.setattr(run, "print", broken, raising=False)
-        err = refused(line)
-    assert "Broken pipe; the run is saved in epoch 1 after step 4" in err, err
-    call(line + " --resume")
-    call(f"{IMAGENET} --output_dir {tmp_path}/straight")
+        patch.setattr(module, name, broken, raising=False)
+        err = refused(f"{line} --output_dir {tmp_path}/run")
+    assert f"{words}; the run is saved in epoch 1 after step 4" in err, err
+    call(f"{line} --output_dir {tmp_path}/run --resume")
+    call(f"{line} --output_dir {tmp_path}/straight")
     assert same_runs(tmp_path / "straight", tmp_path / "run")
 
 
@@ -622,20 +626,14 @@ def test_seeds():
 def test_bad_data_within_an_epoch(tmp_path, monkeypatch):
     """What cannot be read is named, the run is saved, and goes on once that is mended."""
     import data
-    real, line = data.batches, f"{CIFAR} --output_dir {tmp_path}/run"
+    real = data.batches
 
     def broken(*args, train, **kwargs):
         for i, batch in enumerate(real(*args, train=train, **kwargs)):
             if train and i == 4:
                 raise DataError("7.png cannot be decoded.")
             yield batch
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "batches", broken)
-        err = refused(line)
-    assert "7.png cannot be decoded; the run is saved in epoch 1 after step 4" in err, err
-    call(line + " --resume")
-    call(f"{CIFAR} --output_dir {tmp_path}/straight")
-    assert same_runs(tmp_path / "straight", tmp_path / "run")
+    check_mended(tmp_path, monkeypatch, CIFAR, data, "batches", broken, "7.png cannot be decoded")
 
 
 def test_resumed_on_other_data(tmp_path, monkeypatch):
