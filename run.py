@@ -90,7 +90,7 @@ def check_folder(folder, resume):
         raise UsageError(f"{folder} cannot be the run's folder, since {place} is a file: name "
                          "another one with --output_dir")
     if (folder / ".lock").exists():
-        lock(folder).close()
+        lock(folder, alone=False).close()
     files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
     if any(file.exists() for file in files) and not resume:
         raise UsageError(f"{folder} already holds a run: add --resume to continue it, or name "
@@ -111,19 +111,20 @@ def run_folders(args, name):
     return folders
 
 
-def lock(folder):
+def lock(folder, alone=True):
     """Own a run's folder as long as the returned file is open and this process lives.
 
     A lock of this kind (POSIX) is not inherited by workers, which may outlive a killed process.
+    alone=False shares it with others that look whether the folder is owned, as all ranks do.
     """
     try:
-        file = open(folder / ".lock", "a")
+        file = open(folder / ".lock", "a+")
     except OSError as error:
         raise UsageError(f"{folder}/.lock cannot be opened ({error.strerror}): name another folder "
                          "with --output_dir")
     try:
         import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
     except (BlockingIOError, PermissionError):
         file.close()
         raise UsageError(f"{folder} is in use by another process that is running there: wait for "

@@ -385,6 +385,21 @@ def test_one_process_owns_a_folder(tmp_path, line):
     call(f"{line} --output_dir {tmp_path}/run --resume")
 
 
+def look_often(folder):
+    for _ in range(2000):
+        run.check_folder(folder, resume=True)
+
+
+def test_ranks_look_at_a_folder_at_once(tmp_path):
+    """None takes another's look for a run that is in progress there."""
+    run.lock(tmp_path).close()
+    others = [Forked(target=look_often, args=(tmp_path,)) for _ in range(2)]
+    for other in others:
+        other.start()
+    look_often(tmp_path)
+    assert [other.wait(600) for other in others] == [0, 0]
+
+
 @each_script
 def test_srun_without_torchrun(tmp_path, monkeypatch, line):
     monkeypatch.setenv("SLURM_NTASKS", "4")
