@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from capture import Use
 from precision import at_least_float32, full_precision
+from uses import Use
 
 CHUNK = 2 ** 24  # at most this many numbers (64 MiB in float32) of scores at a time
 

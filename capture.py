@@ -1,13 +1,13 @@
-"""What a model shows an optimizer: its weights, their uses, and sums over the rows of these.
+"""What a model shows an optimizer: the uses of its weights, and sums over the rows of these.
 
-How a statistic comes about. A *layer* is a weight that the optimizer may precondition; a *use* is
-one call of torch (F.linear, torch.conv2d, a norm, ...) with that weight, or a slice of its rows.
-While the optimizer collects, hooks on the model's modules switch a Watcher on for each forward
-pass. It sees every such call with the tensors that torch really got, asks the optimizer to
-`measure` the use, and keeps the sums until the gradient of the use's output arrives: then they join
-the layer's pending sums, so that only forward passes that are backpropagated count. zero_grad()
-drops what is pending; step() takes it, pooled over micro-batches by count and over ranks by one
-all-reduce, once into the average.
+How a statistic comes about. A *layer* (layers.py) is a weight that the optimizer may precondition;
+a *use* (uses.py) is one call of torch (F.linear, torch.conv2d, a norm, ...) with that weight, or a
+slice of its rows. While the optimizer collects, hooks on the model's modules switch a Watcher on
+for each forward pass. It sees every such call with the tensors that torch really got, asks the
+optimizer to `measure` the use, and keeps the sums until the gradient of the use's output arrives:
+then they join the layer's pending sums, so that only forward passes that are backpropagated count.
+zero_grad() drops what is pending; step() takes it, pooled over micro-batches by count and over
+ranks by one all-reduce, once into the average.
 
 What a weight multiplies is never guessed from a module's class: a subclass that normalises, pads or
 drops its input shows what came of that, and a weight that is computed before it is used (a
@@ -15,13 +15,12 @@ parametrization, a standardised convolution) shows nothing and takes the plain s
 layer's statistics cannot describe sends the layer to the plain step for good, with the reason.
 
 Not seen, hence plain: einsum, custom autograd functions (except SyncBatchNorm's), recurrent layers.
-One more use of a weight by such an operation is not noticed, except for those in OTHERS.
+One more use of a weight by such an operation is not noticed, except for those in uses.OTHERS.
 """
 import threading
 import types
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,137 +30,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
-from patches import Geometry
 from precision import full_precision
 from sharding import Unsharded, is_sharded
+from uses import SEEN, Use, norm
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-
-@dataclass
-class Use:
-    """One use of a layer's weight in a forward pass."""
-    kind: str                       # "linear", "conv", "norm"; "values", without x and out
-    x: torch.Tensor                 # what met the weight: (..., d), (B, C, H, W), a norm's input
-    out: torch.Tensor               # what came of it; x and out are dropped once measured
-    shape: torch.Size               # of the output, and so of its gradient; 4-D of a convolution
-    rows: int                       # how many rows a the weight multiplied
-    blocks: slice                   # those of the layer's blocks whose rows of the weight took part
-    geometry: Geometry = None       # of a convolution
-    norm: dict = None               # of a norm: its other arguments
-    batch: int = None               # in nn.MultiheadAttention, whose rows are (positions, batch)
-    call: object = None             # the call of the model that it belongs to, where K-FAC asks
-
-
-class Layer:
-    """A weight that may be preconditioned: how its gradient is laid out, and its pending sums."""
-
-    def __init__(self, name, weight, bias, kind, blocks=1, bias_rows=None, transposed=False):
-        self.name, self.weight, self.bias, self.kind = name, weight, bias, kind
-        self.blocks = blocks             # equal blocks of the weight's rows, each with its inputs
-        self.transposed = transposed     # the weight is (d, out), not (out, d)
-        self.bias_rows = bias_rows or slice(0, self.out)     # its part of a bias that is shared
-        # what uses have shown: "plain": why preconditioning ended; "bias": it is no coordinate of a
-        self.found = {}
-        self.measured = self.prepared = {}   # {name in state: shape (blocks, ...)}, by set_up
-        self.on = True                   # does this step's batch count?
-        self.backward = None             # the backward pass that brought the latest sums
-        self.drop()
-
-    @property
-    def active(self):
-        return self.weight.requires_grad and "plain" not in self.found
-
-    @property
-    def out(self):
-        return self.weight.shape[1] if self.transposed else len(self.weight)
-
-    @property
-    def d(self):
-        """The length of a row: [a; 1] where the layer has a bias."""
-        return self.weight.numel() // self.out + (self.bias is not None)
-
-    def drop(self):
-        """Forget this step's sums."""
-        self.pending = {}                # {name: (Σ over rows, rows per block)}
-        self.calls = set()               # the pairs (call of the model, backward pass) behind them
-
-    def add(self, name, total, rows, blocks=slice(None)):
-        """Add a sum over rows (blocks, ...), or one sum (1, ...) that is of all these blocks."""
-        shape = self.measured[name]
-        old, counts = self.pending.get(name, (None, [0] * shape[0]))
-        numbers = range(shape[0])[blocks]
-        if len(numbers) < shape[0] or len(total) < shape[0]:
-            whole = total.new_zeros(shape)
-            whole[blocks] = total
-            total = whole
-        for i in numbers:
-            counts[i] += rows
-        self.pending[name] = total if old is None else total + old, counts
-
-
-# ---- which weights a model has ----
-
-def candidates(model, kinds):
-    """{weight: its Layer} in modules() order, for the kinds that a method preconditions.
-
-    A layer's uses are of one kind; a weight that modules of two kinds share, or that an embedding
-    reads, takes the plain step. So does a bias that several weights, or not all uses of one, have.
-    """
-    every = {}
-    for module_name, module in model.named_modules():
-        for layer in layers_of(module_name, module):
-            every.setdefault(layer.weight, []).append(layer)
-    layers, owners = {}, {}
-    for weight, same in every.items():
-        layer = layers[weight] = same[0]
-        if len({(x.kind, x.blocks, x.transposed) for x in same}) > 1:
-            layer.found["plain"] = f"{same[0].kind} and {same[-1].kind} share it"
-        elif layer.kind == "embedding" or weight.is_complex():
-            layer.found["plain"] = "complex" if weight.is_complex() else "an embedding"
-        if len({x.bias for x in same}) > 1:
-            layer.bias = None
-        if layer.bias is not None:
-            owners.setdefault((layer.bias, layer.bias_rows.start), []).append(layer)
-    for sharing in owners.values():
-        for layer in sharing if len(sharing) > 1 else ():
-            layer.bias = None
-    return {weight: layer for weight, layer in layers.items()
-            if layer.kind in kinds and "plain" not in layer.found}
-
-
-def layers_of(name, module):
-    """The Layers of one module itself; parametrized weights are computed, so there are none."""
-    own = {key: p for key, p in module._parameters.items()
-           if p is not None and p.numel()}          # of a lazy one torch says what to do: an error
-    weight, bias = own.get("weight"), own.get("bias")
-    if isinstance(module, nn.MultiheadAttention):
-        E, b = module.embed_dim, own.get("in_proj_bias")
-        if "in_proj_weight" in own:
-            yield Layer(f"{name}.in_proj_weight".lstrip("."), own["in_proj_weight"], b,
-                        "projection", 3)
-        for i, key in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
-            if key in own:
-                yield Layer(f"{name}.{key}".lstrip("."), own[key], b, "projection",
-                            bias_rows=slice(i * E, i * E + E))
-    elif weight is None:
-        return
-    elif isinstance(module, EMBEDDINGS):
-        yield Layer(name, weight, None, "embedding")
-    elif isinstance(module, NORMS):
-        yield Layer(name, weight, bias, "norm")
-    elif isinstance(module, nn.Conv2d):
-        yield Layer(name, weight, bias, "conv", module.groups)
-    elif isinstance(module, nn.Linear):
-        yield Layer(name, weight, bias, "projection" if isinstance(
-            module, nn.modules.linear.NonDynamicallyQuantizableLinear) else "linear")
-    elif type(module).__name__ == "Conv1D" and weight.dim() == 2 and bias is not None \
-            and bias.shape == weight.shape[1:]:             # GPT-2's linear layer in transformers
-        yield Layer(name, weight, bias, "linear", transposed=True)
-
-
-# ---- the watcher ----
 
 class Watcher(TorchFunctionMode):
     """Sees, during a model's forward passes, each call of torch that has a weight of a layer.
@@ -420,79 +292,3 @@ def remove_hooks(hooked):
 multi_head_attention = types.FunctionType(
     F.multi_head_attention_forward.__code__, vars(F) | {"has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__)
-
-
-# ---- what each function of torch does with a weight ----
-
-def linear(watcher, out, input, weight, bias=None):
-    found = watcher.find(weight)
-    if found is not None:
-        layer, _, turned = found
-        if turned != layer.transposed:
-            return watcher.contradict(layer, "its transpose is used")
-        watcher.record(found, "linear", input, out, bias)
-
-
-def matmul(watcher, out, input, other=None, mat2=None, bias=None, **rest):
-    other = mat2 if other is None else other               # torch.mm's name for it
-    found = watcher.find(other)
-    if found is not None:
-        layer, rows, turned = found
-        if turned == layer.transposed or rows != slice(0, layer.out):
-            return watcher.contradict(layer, "its transpose is used")
-        watcher.record(found, "linear", input, out, bias)
-    elif (found := watcher.find(input)) is not None:
-        watcher.contradict(found[0], "it stands on the left of a product")
-
-
-def addmm(watcher, out, input, mat1, mat2, *, beta=1, alpha=1):
-    if alpha == beta == 1:
-        matmul(watcher, out, mat1, mat2, bias=input)
-    else:
-        other(watcher, out, mat1, mat2)
-
-
-def conv2d(watcher, out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    found = watcher.find(weight)
-    if found is not None:
-        geometry = Geometry.of(weight, stride, padding, dilation, groups)
-        watcher.record(found, "conv", input, out, bias, geometry=geometry)
-
-
-def norm(watcher, out, x, weight, bias, **rest):
-    found = watcher.find(weight)
-    if found is not None:
-        watcher.record(found, "norm", x, out, bias, norm=rest)
-
-
-def batch_norm(watcher, out, input, running_mean, running_var, weight=None, bias=None,
-               training=False, momentum=0.1, eps=1e-5):
-    norm(watcher, out, input, weight, bias, eps=eps, mean=None if training else running_mean,
-         var=None if training else running_var)
-
-
-def layer_norm(watcher, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    norm(watcher, out, input, weight, bias, eps=eps, normalized_shape=normalized_shape)
-
-
-def group_norm(watcher, out, input, num_groups, weight=None, bias=None, eps=1e-5):
-    norm(watcher, out, input, weight, bias, eps=eps, num_groups=num_groups)
-
-
-def other(watcher, out, *args, **kwargs):
-    """A product whose rows are not told apart here."""
-    for x in torch.utils._pytree.tree_leaves((args, kwargs)):
-        found = watcher.find(x) if isinstance(x, torch.Tensor) else None
-        if found is not None:
-            watcher.contradict(found[0], "it is used in an operation that is not followed")
-
-
-OTHERS = (torch.einsum, torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.bilinear, torch.mv,
-          torch.Tensor.mv, torch.tensordot, torch.inner, torch.linalg.multi_dot, F.embedding,
-          F.embedding_bag, torch.convolution, torch.conv1d, torch.conv3d, torch.conv_transpose1d,
-          torch.conv_transpose2d, torch.conv_transpose3d)
-SEEN = dict.fromkeys(OTHERS, other) | {
-    F.linear: linear, torch.conv2d: conv2d, torch.addmm: addmm, torch.Tensor.addmm: addmm,
-    F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
-        (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.linalg.matmul, torch.mm,
-         torch.Tensor.mm), matmul)

@@ -102,8 +102,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import Attention, value_blocks
-from capture import EMBEDDINGS, Watcher, layers_of
+from capture import Watcher
 from covariance import damped_cholesky, input_covariance, solve_right, unpack
+from layers import EMBEDDINGS, layers_of
 from optimizer import PreconditionedSGD
 from patches import image_sum, patch_sum
 from precision import at_least_float32, full_precision

@@ -43,7 +43,7 @@ TESTS = {    # pytest's arguments for a file; others: the test file of its name
     "-k 'not ranks'", "sharding.py": "test_reach.py -k shard"} | dict.fromkeys(
     ("mac.py", "foof.py", "nysact.py", "kfac.py", "calls.py", "adafisher.py", "attention.py",
      "covariance.py", "patches.py", "blocks.py", "pooling.py", "precision.py", "optimizer.py",
-     "capture.py"),
+     "layers.py", "uses.py", "capture.py"),
     "test_math.py test_optimizers.py test_capture.py test_protocol.py "
     "-k 'not compile and not export and not ranks and not one_rank and not cuda'")   # take long
 

@@ -31,7 +31,8 @@ import torch
 import torch.nn as nn
 
 from blocks import gradient_matrix, joined, replace_gradients, stacks
-from capture import Watcher, candidates, remove_hooks, watch
+from capture import Watcher, remove_hooks, watch
+from layers import candidates
 from pooling import agree, pool, running_mean
 from precision import at_least_float32, full_precision
 from sharding import Unsharded, cut_otherwise, is_sharded, local

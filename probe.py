@@ -22,7 +22,6 @@ from tqdm import tqdm
 import data as datasets
 import kfac
 from adafisher import AdaFisher
-from capture import Use
 from covariance import input_covariance, mean_eigenvalue, unpack
 from flags import RECIPES, make_optimizer
 from logs import labels
@@ -33,6 +32,7 @@ from pooling import running_mean
 from ranks import UsageError
 from run import Diverged
 from spectra import Moments, top_cosine
+from uses import Use
 
 
 class Setup(NamedTuple):
