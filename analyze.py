@@ -43,13 +43,15 @@ import data as datasets
 import mac
 import nysact
 from flags import (COUNT, OPTIMIZER_FLAGS, POSITIVE, RECIPES, SEED, Parser, number, user_path)
+from folder import write_file
 from logs import METRICS, columns_of, compare_rows, group_runs, in_words, mean_std, read_logs
 from models import CIFAR_MODELS
 from probe import (attention_matrices, choose, layers_of, loss_at, output_gradients, project,
                    run_ends, sample, second_moments, set_up, stages, surface, train_and_watch,
                    train_placebo, trained_paths, training, watch_updates)
 from ranks import UsageError, tell
-from run import Diverged, print_anything, write_file
+from report import print_anything
+from run import Diverged
 from spectra import (alignment, contraction, correlation, cosine_bound, gershgorin_discs, kaiser,
                      preconditioned_grams, principal_plane, signal_to_noise, spectrum,
                      symmetric_noise, top_eigenvalues)

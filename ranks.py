@@ -166,14 +166,22 @@ def find_device(text):
     return torch.device(f"{kind}:{number}" if number else kind)
 
 
+def from_environment(name, default):
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"the environment variable {name} is {text!r}, which is no number: unset "
+                         "it, or start with torchrun, which sets it")
+    return int(text)
+
+
 def start(device, stop):
     """This process among the others, if torchrun or what sets its variables began it; or alone."""
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
+    if from_environment("SLURM_NTASKS", 1) > 1 and "WORLD_SIZE" not in os.environ:
         raise UsageError(f"srun started {os.environ['SLURM_NTASKS']} processes that do not know "
                          "of each other: let it start one torchrun on each machine (srun --ntasks-"
                          "per-node=1 torchrun --nnodes ... --nproc_per_node ...), or unset "
                          "SLURM_NTASKS if this process is the only one")
-    rank, world, local = (int(os.environ.get(name, default)) for name, default
+    rank, world, local = (from_environment(name, default) for name, default
                           in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     found = find_device(device)
     if world == 1:
@@ -203,13 +211,14 @@ def start(device, stop):
 
 
 class Stop:
-    """The signals that end a run: SIGTERM, Ctrl-C, and SIGUSR1, which SLURM can send beforehand.
+    """The signals that end a run: SIGTERM, Ctrl-C, SIGUSR1, which SLURM can send beforehand, and
+    SIGHUP, of a terminal that is closed (unless nohup has it ignored).
 
     While a step is under way (noting) the first one is noted and acted upon after the step;
     elsewhere, and the second time, it raises KeyboardInterrupt.
     """
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-               if hasattr(signal, name)]       # Windows has no SIGUSR1
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+               if hasattr(signal, name)]       # Windows has but two
 
     def __init__(self):
         self.number, self.noting, self.saving, self.heard, self.wakeup = 0, False, False, 0, None
@@ -229,7 +238,8 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self):
-        before = {number: signal.signal(number, self) for number in self.SIGNALS}
+        before = {number: signal.signal(number, self) for number in self.SIGNALS
+                  if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN}
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""What a run is, whatever it trains: its folder, its epochs, its end, and what a person sees of it.
+"""What a run is, whatever it trains: its beginning, its epochs, its end; the exit status.
 
     run = Run(folder, config, parts, args, ranks, stop)        # begun, or restored from the folder
     for epoch in range(len(run.rows), config["epochs"]):
@@ -15,26 +15,24 @@ checkpoint needs no generator's state, and a resumed run takes the very steps of
 """
 import contextlib
 import io
-import json
 import math
 import os
 import re
 import signal
 import statistics
 import sys
-import textwrap
 import time
 import warnings
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from download import DataError, completed
+from download import DataError
+from folder import check_folder, lock, read_checkpoint, write_file, write_json
 from ranks import Stop, UsageError, is_first, set_whole_state, tell, whole_state
+from report import print_anything, time_in_words
 
 
 class Diverged(Exception):
@@ -45,98 +43,6 @@ def seed_of(*numbers):
     """A seed from (seed, epoch, ...)."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0])
 
-
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
-
-def write_file(path, write):
-    """All of it or nothing: whoever kills this process finds the old file or the new one."""
-    try:
-        with completed(path) as file:
-            write(file)
-    except BaseException as error:
-        while error is not None and not isinstance(error, OSError):
-            error = error.__context__          # torch.save hides what the disk said
-        if error is None:
-            raise
-        raise UsageError(f"{path} cannot be written ({error.strerror}); what was there before is "
-                         "left as it was")
-
-
-def write_json(path, content):
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    # of the surrogates, which stand for bytes of a path that are no UTF-8, this makes JSON's \udce9
-    write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
-
-
-def read_checkpoint(path):
-    try:
-        damaged = zipfile.ZipFile(path).testzip()      # checks what torch.load does not: the CRCs
-        if damaged:
-            raise zipfile.BadZipFile(damaged)
-        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
-        return saved | dict(config=dict(saved["config"]), log=list(map(dict, saved["log"])),
-                            partial=saved["partial"] and dict(saved["partial"]))
-    except Exception as error:   # torch.load raises half a dozen kinds for a damaged file
-        raise UsageError(f"{path} cannot be read, it is damaged or not a checkpoint of this script "
-                         f"({type(error).__name__}); move it away to start this run anew")
-
-
-def check_folder(folder, resume):
-    """Refuse a run's folder that cannot be made, or holds a run that is not to be continued."""
-    place = next((place for place in (folder, *folder.parents) if place.exists()), Path())
-    if not place.is_dir():
-        raise UsageError(f"{folder} cannot be the run's folder, since {place} is a file: name "
-                         "another one with --output_dir")
-    if (folder / ".lock").exists():
-        lock(folder, alone=False).close()
-    files = [folder / name for name in ("config.json", "log.csv", "checkpoint.pt")]
-    if any(file.exists() for file in files) and not resume:
-        raise UsageError(f"{folder} already holds a run: add --resume to continue it, or name "
-                         "another folder with --output_dir")
-
-
-def run_folders(args, name):
-    """{(optimizer, seed): folder}, of what --output_dir or a name says."""
-    folders = {}
-    for optim in args.optim:
-        for seed in args.seed:
-            folder = Path("runs", f"{name}-{args.model}-{optim}", str(seed))
-            if args.output_dir is not None:
-                folder = Path(args.output_dir, optim if len(args.optim) > 1 else "",
-                              str(seed) if len(args.seed) > 1 else "")
-            check_folder(folder, args.resume)
-            folders[optim, seed] = folder
-    return folders
-
-
-def lock(folder, alone=True):
-    """Own a run's folder as long as the returned file is open and this process lives.
-
-    A lock of this kind (POSIX) is not inherited by workers, which may outlive a killed process.
-    alone=False shares it with others that look whether the folder is owned, as all ranks do.
-    """
-    try:
-        file = open(folder / ".lock", "a+")
-    except OSError as error:
-        raise UsageError(f"{folder}/.lock cannot be opened ({error.strerror}): name another folder "
-                         "with --output_dir")
-    try:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise UsageError(f"{folder} is in use by another process that is running there: wait for "
-                         "its end, or name another folder with --output_dir")
-    except (ImportError, OSError):             # Windows; a file system without locks
-        pass
-    return file
-
-
-# ---------------------------------------------------------------------------------------------
-# A run
-# ---------------------------------------------------------------------------------------------
 
 class Progress:
     """A running epoch: steps taken, seconds, of which waited for data, and this rank's sums."""
@@ -172,7 +78,7 @@ class Progress:
         return loss / some, 100 * hits / some, int(count)
 
 
-FAILED = 1000                    # beyond all signals
+NOTHING, LATE, FAILED = -1, 0, 1000      # signals have numbers between the last two
 SHARDED = "model", "optimizer"   # the parts that --fsdp divides among ranks
 
 
@@ -344,13 +250,13 @@ class Run:
 
     def pause(self, problem, bar, total):
         """Save if it is time, and end if a signal or a problem came to a rank."""
-        late = self.ranks.rank == 0 and time.monotonic() >= self.due
-        news = self.ranks.highest(FAILED if problem else self.stop.number or late)
+        clock = LATE if self.ranks.rank == 0 and time.monotonic() >= self.due else NOTHING
+        news = self.ranks.highest(FAILED if problem else self.stop.number or clock)
         if news == FAILED:
             raise UsageError(next(filter(None, self.ranks.gather(problem))))
-        if news > 1:
+        if news > LATE:
             raise KeyboardInterrupt(news)
-        if news:
+        if news == LATE:
             self.progress.means()              # a loss that is not finite is not saved
             self.save()
             if bar.disable:
@@ -368,7 +274,7 @@ class Run:
         if self.ranks.rank == 0:
             self.write_log()
         end = f"{self.left()} left" if len(self.rows) < self.config["epochs"] else \
-            in_words(time.monotonic() - self.began)
+            time_in_words(time.monotonic() - self.began)
         print(f"{self.text(len(self.rows) - 1)}  {text}  {end}", flush=True)
         self.stop.noting = False
 
@@ -385,7 +291,7 @@ class Run:
         if done == self.first:
             return "unknown time"
         rate = (time.monotonic() - self.began) / (done - self.first)
-        return in_words(rate * (self.config["epochs"] - done))
+        return time_in_words(rate * (self.config["epochs"] - done))
 
     # ---------------------------------------------------------------- what is left of it
 
@@ -439,13 +345,6 @@ class Run:
         return record
 
 
-def in_words(seconds):
-    for unit, size, least in (("days", 86400, 2), ("h", 3600, 1.5), ("min", 60, 1.5)):
-        if seconds >= least * size:
-            return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def peak_memory(device):
     """MiB: of the GPU since the run began; without one, of this process since it began."""
     if device.type == "cuda":
@@ -457,89 +356,6 @@ def peak_memory(device):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2 ** (20 if sys.platform == "darwin" else 10)     # in bytes on macOS, else KiB
 
-
-# ---------------------------------------------------------------------------------------------
-# What a person sees
-# ---------------------------------------------------------------------------------------------
-
-def describe(model, optimizer, config, device, folder, whole=True):
-    """What is about to run, and where; the whole of it for the first of several seeds."""
-    print(f"\n{config['optim']}, seed {config['seed']}, in {folder}", flush=True)
-    if not whole:
-        return
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else \
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "GPU"
-    print(f"{device.type} ({where}), torch {torch.__version__}, {config['model']} with "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    print(textwrap.fill("  ".join(f"{k}={v}".replace(" ", "") for k, v in config.items()), 80,
-                        break_on_hyphens=False))
-    # what an optimizer of this folder prints below the options that it shares with torch's
-    _, found, layers = repr(optimizer).rpartition("\n)\n")
-    lines = [line for text in (layers if found else "no layer is preconditioned").splitlines()
-             for line in textwrap.wrap(text, 80, subsequent_indent="    ")]
-    print(*lines[:5], sep="\n")
-    if len(lines) > 5:
-        print(f"    ... {len(lines) - 5} lines more, all of them in config.json")
-    sys.stdout.flush()
-
-
-def train_all(args, title, metrics, train, **facts):
-    """train(optim, seed) for each of them, which returns a record; their table, and one record.
-
-    metrics: {name in the records: (heading, digits)}
-    """
-    results = []
-    for optim in args.optim:
-        runs = [train(optim, seed) for seed in args.seed]
-        result = dict(optim=optim, run=args.seed)
-        for name in metrics:
-            values = [run[name] for run in runs]
-            result |= {name: values, f"{name}_mean": statistics.mean(values),
-                       f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
-        for name in "train_loss", "seconds_per_epoch":
-            result[name] = statistics.mean(run[name] for run in runs)
-        for name in "peak_memory", "state_bytes":
-            result[name] = max(run[name] for run in runs)
-        results.append(dict(result, output_dir=[run["output_dir"] for run in runs]))
-    if len(results) > 1 or len(args.seed) > 1:
-        print_table(title, metrics, results)
-    print_record(dict(facts, model=args.model, epochs=args.epochs, torch=torch.__version__,
-                      results=results))
-
-
-def print_table(title, metrics, results):
-    print(f"\n{title}\noptimizer   seeds"
-          + "".join(f"  {heading:>18}" for heading, _ in metrics.values())
-          + "  train loss  s/epoch      state")
-    for r in results:
-        line = f"{r['optim']:<10}  {len(r['run']):5d}"
-        for name, (_, digits) in metrics.items():
-            std = r[f"{name}_std"]
-            std = "" if std is None else f" ± {std:.{digits}f}"
-            line += f"  {r[f'{name}_mean']:.{digits}f}{std}".rjust(20)
-        print(f"{line}  {r['train_loss']:10.4f}  {r['seconds_per_epoch']:7.1f}  "
-              f"{r['state_bytes'] / 2 ** 20:5.2f} MiB")
-
-
-def print_record(record):
-    """As the last line, where no person reads it; each run's own is in its folder anyway."""
-    if not sys.stdout.isatty():
-        print(json.dumps(record), flush=True)
-
-
-def print_anything():
-    """Print what the console or the file has no characters for as \\u03bb, and to nobody where the
-    output is closed, instead of failing."""
-    for name in "stdout", "stderr":
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-# ---------------------------------------------------------------------------------------------
-# From the command to the exit status
-# ---------------------------------------------------------------------------------------------
 
 def run_script(script, parse, work, smoke, argv):
     """Run work(args, stop), or smoke(stop), on this rank; the exit status.

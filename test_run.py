@@ -1,4 +1,4 @@
-"""run.py and ranks.py, by way of the three scripts that use them: what ends a run loses nothing.
+"""run.py, folder.py, report.py, ranks.py, by way of the three scripts: what ends a run loses nothing.
 
 What a user meets as a process is one here too; the rest calls a script's main() in this process,
 which starts sooner. Everything is tiny, on generated data, so accuracies mean nothing.
@@ -26,6 +26,9 @@ import torch
 
 import run
 from download import DataError
+from folder import check_folder, finite, lock, write_file
+from ranks import Stop
+from report import time_in_words
 
 HERE = Path(__file__).resolve().parent
 # One epoch each; the folder and what a test needs are appended.
@@ -254,19 +257,20 @@ def test_kill_and_resume(tmp_path, start, line, ranks):
 
 
 @each_script
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signal_within_an_epoch(tmp_path, monkeypatch, line, number):
+@pytest.mark.parametrize("number, step", [
+    (signal.SIGINT, 3), (signal.SIGTERM, 6), (signal.SIGUSR1, 8), (signal.SIGHUP, 9)])
+def test_signal_within_an_epoch(tmp_path, monkeypatch, line, number, step):
     """One line, status 128 + number, a checkpoint of this very step, and the bits of one go."""
-    line, step = more_epochs(line, 2), {signal.SIGINT: 3, signal.SIGTERM: 6, signal.SIGUSR1: 8}
+    line = more_epochs(line, 2)
     call(f"{line} --output_dir {tmp_path}/straight")
     with monkeypatch.context() as patch:
-        at_step(patch, step[number], lambda: os.kill(os.getpid(), number))
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
         _, err = call(f"{line} --output_dir {tmp_path}/stopped", 128 + number)
     steps = 6                                          # of an epoch in each script's line
     assert len(err.strip().splitlines()) == 1 and "--resume" in err, err
-    assert f"in epoch {1 + (step[number] - 1) // steps} after step" in err, err
+    assert f"in epoch {1 + (step - 1) // steps} after step" in err, err
     saved = checkpoint(tmp_path / "stopped")
-    assert saved["epoch"] * steps + saved["partial"]["step"] == step[number]
+    assert saved["epoch"] * steps + saved["partial"]["step"] == step
     out, _ = call(f"{line} --output_dir {tmp_path}/stopped --resume")
     assert "resumed after epoch" in out
     assert same_runs(tmp_path / "straight", tmp_path / "stopped")
@@ -363,7 +367,7 @@ def test_full_disk(tmp_path, line):
     call(line + " --resume")
     before = (place / "checkpoint.pt").read_bytes()
     with pytest.raises(ZeroDivisionError):
-        run.write_file(place / "checkpoint.pt", lambda file: 1 / 0)
+        write_file(place / "checkpoint.pt", lambda file: 1 / 0)
     assert (place / "checkpoint.pt").read_bytes() == before and not list(place.glob("*.part"))
 
 
@@ -387,17 +391,39 @@ def test_one_process_owns_a_folder(tmp_path, line):
 
 def look_often(folder):
     for _ in range(2000):
-        run.check_folder(folder, resume=True)
+        check_folder(folder, resume=True)
 
 
 def test_ranks_look_at_a_folder_at_once(tmp_path):
     """None takes another's look for a run that is in progress there."""
-    run.lock(tmp_path).close()
+    lock(tmp_path).close()
     others = [Forked(target=look_often, args=(tmp_path,)) for _ in range(2)]
     for other in others:
         other.start()
     look_often(tmp_path)
     assert [other.wait(600) for other in others] == [0, 0]
+
+
+def test_nohup():
+    """What ignores the end of the terminal goes on ignoring it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop().listening():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS"])
+def test_environment_that_is_no_number(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "two")
+    err = refused(f"{CIFAR} --output_dir {tmp_path}/run")
+    assert f"{name} is 'two'" in err, err
+
+
+def test_json_without_nan():
+    assert finite(dict(a=[1, float("nan")], b=(2.5, float("inf")), c="x")) == dict(
+        a=[1, None], b=[2.5, None], c="x")
 
 
 @each_script
@@ -628,7 +654,7 @@ def test_rank_of_no_world(tmp_path, monkeypatch):
 
 
 def test_time_in_words():
-    assert [run.in_words(s) for s in (0, 89, 91, 5399, 5401, 36000, 172801, 9e6)] == [
+    assert [time_in_words(s) for s in (0, 89, 91, 5399, 5401, 36000, 172801, 9e6)] == [
         "0 s", "89 s", "1.5 min", "90 min", "1.5 h", "10 h", "2.0 days", "104 days"]
 
 

@@ -31,9 +31,11 @@ import data as datasets
 from flags import (COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
                    RECIPES, check_compiler, check_optimizers, chosen, machine_flags,
                    make_optimizer, note_unused, parser_of, several_flags, user_path)
+from folder import run_folders
 from models import CIFAR_MODELS
 from ranks import UsageError, start
-from run import Run, describe, run_folders, run_script, train_all
+from report import describe, train_all
+from run import Run, run_script
 
 
 # ---------------------------------------------------------------------------------------------

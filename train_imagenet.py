@@ -60,9 +60,11 @@ from augment import Finish, eval_transform, train_transform
 from flags import (COUNT, COUNT_OR_ZERO, FRACTION, FSDP, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
                    SEED, check_compiler, check_fsdp, check_optimizers, chosen, machine_flags,
                    make_optimizer, note_unused, number, parser_of, user_path)
+from folder import check_folder, read_checkpoint
 from models import IMAGENET_MODELS, load_pretrained
 from ranks import Ranks, UsageError, start, tell
-from run import Run, check_folder, describe, print_record, read_checkpoint, run_script
+from report import describe, print_record
+from run import Run, run_script
 
 
 # ---------------------------------------------------------------------------------------------

@@ -47,9 +47,11 @@ import text as texts
 from flags import (COUNT, COUNT_OR_ZERO, FRACTION, FSDP, NOT_NEGATIVE, OPTIMIZER_FLAGS, POSITIVE,
                    check_compiler, check_fsdp, check_optimizers, chosen, machine_flags,
                    make_optimizer, note_unused, parser_of, several_flags, user_path)
+from folder import run_folders
 from models import GPT, GPT_SIZES, CausalBlock
 from ranks import UsageError, start
-from run import Run, describe, run_folders, run_script, train_all
+from report import describe, train_all
+from run import Run, run_script
 
 
 # ---------------------------------------------------------------------------------------------
