@@ -35,7 +35,7 @@ RECIPES = {
     "sgd": SGD,
     "adam": dict(lr=1e-3, weight_decay=5e-4),
     "adamw": dict(lr=1e-3, weight_decay=0.5),
-    "mac": dict(CURVATURE, calibrate=False, attention=True),
+    "mac": dict(CURVATURE, input_covariance=True, calibrate=False, attention=True),
     "nysact": dict(CURVATURE, rank=10, sketch="gaussian"),
     "foof": CURVATURE,
     "kfac": dict(CURVATURE, damping=0.03, fisher="empirical", inverse="factored",
@@ -129,6 +129,9 @@ OPTIMIZER_FLAGS = {
     "stat_decay": dict(type=FRACTION, help="weight of the past in the averages"),
     "tcov": dict(type=COUNT, help="steps between updates of the statistics"),
     "tinv": dict(type=COUNT, help="steps between updates of what is applied"),
+    "input_covariance": dict(
+        SWITCH, help="give the first layer its whole covariance, as published; false: its mean "
+        "input, as all others"),
     "calibrate": dict(
         SWITCH, help="fix the first layer's covariance by one pass over the data before training, "
         "as published, in place of the average during training"),
@@ -269,6 +272,9 @@ def check_optimizers(args, optims, recipes):
     given = {name for recipe in recipes.values() for name in recipe
              if getattr(args, name) is not None}
     note_unused(given - {name for optim in optims for name in recipes[optim]}, " ".join(optims))
+    if getattr(args, "calibrate", None) and args.input_covariance is False:
+        raise UsageError("--calibrate fixes the covariance that --input_covariance false leaves "
+                         "out: choose one of them")
 
 
 def check_compiler(args, device):

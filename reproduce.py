@@ -129,7 +129,7 @@ def placebo(results, name):
 
 
 VARIANTS = {
-    "mac": ("", "--damping 0.1", "--damping 10", "--tinv 5"),
+    "mac": ("", "--input_covariance false", "--damping 0.1", "--damping 10", "--tinv 5"),
     "nysact": ("", "--rank 5", "--rank 50", "--sketch subcolumns"),
     "foof": ("", "--tinv 5"),
     "kfac": ("", "--fisher sampled", "--tinv 5", "--inverse eigen"),

@@ -129,6 +129,7 @@ def test_optimizers_and_seeds(tmp_path):
 def test_options(tmp_path):
     """What is off by default changes the loss as it should."""
     flags = {"plain": "", "amp": "--amp", "last": "--channels_last", "fixed": "--calibrate",
+             "mean": "--input_covariance false",
              "steps": "--schedule_step step --warmup 1 --label_smoothing 0.1 --cutout 8",
              "resnet": "--channels_last --amp --model resnet20 --train_size 64"}
     loss = {}
@@ -137,6 +138,8 @@ def test_options(tmp_path):
         loss[name] = float(read_log(tmp_path / name)[0]["train_loss"])
     assert all(map(math.isfinite, loss.values())), loss
     assert abs(loss["last"] - loss["plain"]) < 1e-3 and loss["fixed"] != loss["plain"], loss
+    assert loss["mean"] != loss["plain"] and "--calibrate fixes" in refused(
+        f"{SMALL} --calibrate --input_covariance false")
     assert 0 < abs(loss["amp"] - loss["plain"]) < 0.1, loss
 
 

@@ -378,7 +378,7 @@ RECIPES = {
     "torchvision": {
         "sgd": dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4),
         "adamw": ADAMW,
-        "mac": dict(CURVATURE, calibrate=False, attention=True),
+        "mac": dict(CURVATURE, input_covariance=True, calibrate=False, attention=True),
         "nysact": dict(CURVATURE, decoupled_weight_decay=False, rank=50, sketch="subcolumns"),
         "foof": CURVATURE,
         "kfac": dict(CURVATURE, damping=0.03, **KFAC),
@@ -388,7 +388,8 @@ RECIPES = {
     "timm": {
         "sgd": dict(lr=0.4, momentum=0.9, nesterov=True, weight_decay=2e-5),
         "adamw": ADAMW,
-        "mac": dict(VIT_CURVATURE, damping=3.0, stat_decay=0.99, calibrate=False, attention=True),
+        "mac": dict(VIT_CURVATURE, damping=3.0, stat_decay=0.99, input_covariance=True,
+                    calibrate=False, attention=True),
         "nysact": dict(VIT_CURVATURE, rank=20, sketch="subcolumns"),
         "foof": VIT_CURVATURE,
         "kfac": dict(VIT_CURVATURE, damping=0.3, **KFAC),

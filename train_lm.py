@@ -282,7 +282,8 @@ FLAGS = {
         "dropout": dict(default=0.0, type=FRACTION, help="dropout"),
         **several_flags("adafisherw")},
     "optimizer (who takes a flag, and the value where it is not given)": {
-        **{name: OPTIMIZER_FLAGS[name] for name in OPTIMIZER_FLAGS if name != "calibrate"},
+        **{name: OPTIMIZER_FLAGS[name] for name in OPTIMIZER_FLAGS
+           if name not in ("calibrate", "input_covariance")},
         "embedding_lr": dict(type=POSITIVE, help="learning rate of the embeddings, and of a head "
                              "that shares theirs, as a multiple of --lr"),
         "clip": dict(default=1.0, type=NOT_NEGATIVE, help="scale the gradient down to this norm "
