@@ -5,13 +5,13 @@ Information". arXiv 2405.16397, ICLR 2025.  (Numbers are this file's; the paper'
 
 THE UPDATE, for every Linear and Conv2d, rows h̄ = [h; 1] of its input, s = R ∂(mean loss)/∂output,
 the gradient as if each of the R rows had a loss of its own (other constants cancel in (4)), and for
-every normalisation layer z = ν ⊙ h + b, h its normalised input:
+every normalisation layer z = ν ⊙ h + c, h its normalised input:
 
     (1)  H = E[h̄ ⊙ h̄],  S = E[s ⊙ s]       over all rows: the diagonals of K-FAC's two factors
-    (2)  z = ν ⊙ h + b:  H = E[h ⊙ h],  S as in (1);  F_ν = H ⊙ S,  F_b = S    (Proposition 3.1)
+    (2)  z = ν ⊙ h + c:  H = E[h ⊙ h],  S as in (1);  F_ν = H ⊙ S,  F_c = S    (Proposition 3.1)
     (3)  H ← H + w (H_batch − H),  w = (1 − γ)/(1 − γᵏ);  S likewise                  (P3)
     (4)  v′ = (v − min v)/(max v − min v) of each factor;  0 where max v = min v      (P4)
-    (5)  F̃ = λ + S′ H′ᵀ for [W | b],  λ + H′ ⊙ S′ for ν,  λ + S′ for b                (P4)
+    (5)  F̃ = λ + S′ H′ᵀ for [W | b],  λ + H′ ⊙ S′ for ν,  λ + S′ for c                (P4)
          F̃ = 1 for a parameter without a layer
     (6)  m̂ ← m̂ + w (g − m̂),  w = (1 − β)/(1 − βᵗ)             bias-corrected first moment
     (7)  AdaFisher:  θ ← θ − α m̂/F̃, the gradient g with wd·θ in it     (entry by entry, no root)
@@ -20,7 +20,7 @@ every normalisation layer z = ν ⊙ h + b, h its normalised input:
 and with averaging='released', the default, from H = S = 1, in the place of (3) and (4):
 
     (3r) H ← 0.1γ H + 0.01γ v,  v = (H_batch − min)/(max − min + 10⁻⁶);  S likewise
-         in (5) H and S themselves are H′ and S′; λ + (0.1γ)ᵏ S for b   (H of a constant 1: v = 0)
+         in (5) H and S themselves are H′ and S′; λ + (0.1γ)ᵏ S for c   (H of a constant 1: v = 0)
 
     symbol   in code              shape
     H        state "H"            (blocks, d): one block per group of a convolution; d = in or
@@ -42,14 +42,14 @@ CIFAR-10 as JPEG: F̃ is 109 λ in the median), and the 3 % with F̃ < 2λ, whic
 and move as those of SGD with lr 0.1, decide what α is stable.
 
 WHY 'released' IS SGD. With γ̂ = 0.1γ, (3r) unrolls to
-    (8)  H = γ̂ᵏ + c (1 − γ̂ᵏ) A,  c = 0.01γ/(1 − γ̂),  A the average (3) of the v, with γ̂ for γ.
-For γ = 0.8, c is 1/115 (an average would have c = 1).
+    (8)  H = γ̂ᵏ + κ (1 − γ̂ᵏ) A,  κ = 0.01γ/(1 − γ̂),  A the average (3) of the v, with γ̂ for γ.
+For γ = 0.8, κ is 1/115 (an average would have κ = 1).
 All v lie in [0, 1], so A does, and H and S lie in [0.080, 0.088] after the first refresh, in
 [0.0064, 0.0151] after the second, and in [0, 1/115] in the end.
 S Hᵀ is at most 1/115² = 7.6e-5 then, beside λ = 1e-3.
-The largest F̃ over the smallest is at most 1.18, 1.18, 1.08, ... 1.076.
+The largest F̃ over the smallest is at most 1.19, 1.18, 1.08, ... 1.076.
 A diagonal matrix whose entries have the ratio r leaves each vector at a cosine of at least
-2√r/(1 + r) with what it was (Kantorovich): 0.9965 at the first refresh, 0.9992 at the third, 0.9993
+2√r/(1 + r) with what it was (Kantorovich): 0.9965 at the first refresh, 0.9991 at the third, 0.9993
 in the end. This is so with or without BatchNorm, wherever every parameter has a layer: compare with
 SGD of a tuned step before crediting the curvature.
 
@@ -61,12 +61,12 @@ The gradient of one row is s h̄ᵀ, so entry (o, i) of [W | b] meets S_o H_i on
 In the weight's own shape that diagonal is S Hᵀ: the Kronecker product never exists, and F̃ is formed
 for the division and forgotten.
 
-WHAT (4) DOES. Every F̃ lies in [λ, 1 + λ], and that of [W | b] reaches both ends, whatever the
-curvature: the smallest S_o and the smallest H_i give a whole row and a whole column F̃ = λ, momentum
-SGD of step α/λ. Positive factors of H and S cancel, the loss's scale among them. A factor that is
-constant up to rounding (a dead layer, one channel) carries no information: v′ = 0, F̃ = λ.
-BatchNorm's h has E[h²] = σ²/(σ² + ε), 1 but for ε; (4) stretches this to [0, 1], so a BatchNorm's
-H′ ranks its channels by input variance and by nothing else.
+WHAT (4) DOES. Every F̃ lies in [λ, 1 + λ], and that of [W | b] (of one group) reaches both ends,
+whatever the curvature: the smallest S_o and the smallest H_i give a whole row and a whole column
+F̃ = λ, momentum SGD of step α/λ. Positive factors of H and S cancel, the loss's scale among them. A
+factor that is constant up to rounding (a dead layer, one channel) carries no information: v′ = 0,
+F̃ = λ. BatchNorm's h has E[h²] = σ²/(σ² + ε), 1 but for ε; (4) stretches this to [0, 1], so a
+BatchNorm's H′ ranks its channels by input variance and by nothing else.
 
 WITHOUT A LAYER: embeddings, class tokens, nn.MultiheadAttention (as published), layers of other
 kinds (1-D, 3-D and transposed convolutions, RMSNorm), every raw parameter, and a layer until it has
@@ -79,13 +79,13 @@ step for forming F̃ beside Adam's own; state out + d numbers, and m̂ (Adam has
 moment of the step F̃, as many numbers as the parameters.
 
 THROWN AWAY: everything of the factors off their diagonals, and by (4) the size of what is left. (2)
-drops the terms between positions and between ν and b: with h = s = 1 at two positions the exact F_ν
+drops the terms between positions and between ν and c: with h = s = 1 at two positions the exact F_ν
 is 4 and (2) gives 1. Losses of one graph that are backpropagated one after the other (retain_graph)
 count as micro-batches: S has their squares without the cross term. Add them up first.
 
 DEPARTURES from the paper. Algorithm 1 refreshes H and S in every step: tcov=1; the default is the
 100 of the released code. Left open by the paper and read so: γ weighs the past; the average starts
-from the first batch; F_b has no H′ (min-max of its constant ones would be 0/0); all groups of a
+from the first batch; F_c has no H′ (min-max of its constant ones would be 0/0); all groups of a
 convolution share one min-max; GroupNorm takes (2) like LayerNorm. s comes from the training labels:
 H and S are of the empirical Fisher.
 

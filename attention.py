@@ -10,9 +10,10 @@ with v (before dropout, if there is any).
 
 Not followed, so that v takes the plain mean: scores that are changed after their softmax other than
 by dropout or a cast (talking heads), attention over channels or without a batch, keys that the
-module adds itself, values or scores that are changed in place, einsum, flex_attention, arguments of
-products by keyword, and a function (no module) under reentrant checkpointing. A v that is used
-besides (a residual) is described by T X alone.
+module adds itself, values that are joined or repeated in new memory (cat, stack, index_select,
+repeat_interleave; expand and enable_gqa are followed), values or scores that are changed in place,
+einsum, flex_attention, arguments of products by keyword, and a function (no module) under reentrant
+checkpointing. A v that is used besides (a residual) is described by T X alone.
 """
 import threading
 import weakref
@@ -140,22 +141,22 @@ class Attention:
         return self.local.__dict__.setdefault("scores", WeakIdKeyDictionary())
 
     @property
-    def casts(self):
-        """(depth, x): inputs that nobody else may hold, and how deep in modules they were met."""
-        return self.local.__dict__.setdefault("casts", [])
+    def inputs(self):
+        """(depth, x): inputs of linear layers, which nobody else may hold (the graph keeps a copy
+        of what was cast or not contiguous), and how deep in modules they were met."""
+        return self.local.__dict__.setdefault("inputs", [])
 
     def left(self, depth):
         """So many watched modules are still being called: a linear layer is left first, then the
         module that attends."""
-        self.casts[:] = [(met, x) for met, x in self.casts if met <= depth + 1]
+        self.inputs[:] = [(met, x) for met, x in self.inputs if met <= depth + 1]
         if depth == 0:
             self.local.__dict__.clear()
 
     def note(self, layer, rows, x, out):
         """A linear layer's output (..., out) from its input x (..., d)."""
         if fills_memory(out):
-            if x.dtype != out.dtype:           # autocast: what the graph keeps is a copy of x
-                self.casts.append((len(self.watcher.inside), x))
+            self.inputs.append((len(self.watcher.inside), x))
             self.places[memory(out)] = Origin(layer, weakref.ref(x), rows.start, out.shape[-1],
                                               out._version)
 

@@ -1,7 +1,8 @@
 """Calls of a model, and K-FAC's N: of how many terms the loss that is made of them is the mean.
 
 A call is one forward pass of the model, or of its parts in turn: a part whose input was made from
-an earlier part's output goes on with that call. What went in and what came out tell the number:
+an earlier part's output goes on with that call, unless it was in it already. What went in and what
+came out tell the number:
 
     'samples'  the first dimension of an argument, which an output has too
     'tokens'   all positions of an output, which an argument has too: (B, S) token ids, (B, S, d),
@@ -22,6 +23,7 @@ class Call:
     def __init__(self, terms=None):
         self.inputs = []          # (shape, is it of floats?) of each tensor that went in
         self.outputs = []         # the shapes of what came out of the last part
+        self.parts = []           # the modules that were called
         self.batched = True       # False once a layer took the whole input for a single sample
         self.scale = None         # of its loss by a GradScaler, once asked for
         self.terms = terms        # where they are counted otherwise
@@ -33,14 +35,17 @@ class Calls:
     def __init__(self):
         self.current, self.entered = Call(), None
 
-    def begin(self, args, kwargs):
+    def begin(self, module, args, kwargs):
         given = tensors((args, kwargs))
         self.entered = None
         training = torch.is_grad_enabled() or any(x.requires_grad for x in given)
         if not training or torch._C._current_graph_task_id() != -1:      # or a checkpoint's rerun
             return
         earlier = next((call for call in map(self.origin, given) if call is not None), None)
+        if earlier is not None and module in earlier.parts:      # a cell: each step may have a loss
+            earlier = None
         self.current = self.entered = earlier or Call()
+        self.current.parts.append(module)
         self.current.inputs += [(x.shape, x.is_floating_point()) for x in given
                                 if x.grad_fn is None or earlier is None]
 

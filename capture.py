@@ -61,7 +61,7 @@ class Watcher(TorchFunctionMode):
             if torch.jit.is_tracing() or get_proxy_mode() or self.optimizer() is None:
                 return                                           # get_proxy_mode: of make_fx
             if self.calls is not None:
-                self.calls.begin(args, kwargs)
+                self.calls.begin(module, args, kwargs)
             self.local.optimizer = self.optimizer()    # it lives, and so do its hooks, to the end
             self.__enter__()
         self.inside.append(module)

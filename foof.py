@@ -36,8 +36,8 @@ Yet it is K-FAC with P = I for its output factor; the paper's point is that K-FA
 usual damping drives P there.
 ρ → 0 moves the outputs of each row along its own gradient as far as the rows allow.
 ρ → ∞ gives SGD's step with lr/ρ.
-MAC's multiplier is ρ(ā āᵀ + ρI)⁻¹: at lr = ρ·lr_MAC and wd = wd_MAC/ρ the two differ in A − ā āᵀ
-alone.
+MAC's multiplier is ρ(ā āᵀ + ρI)⁻¹: at lr = ρ·lr_MAC and wd = wd_MAC/ρ a layer's two steps differ
+in A − ā āᵀ alone (its first layer, and what takes the plain step, apart).
 
 COST per layer: statistic R·d² to 2·R·d² every tcov steps, factor d³/3 every tinv steps, application
 2·out·d² per step, state 1.5·d² numbers. For a convolution with stride and dilation 1, odd kernel

@@ -86,11 +86,12 @@ which may be added or averaged. Losses of one forward pass that are backpropagat
 other (retain_graph=True) count as independent: P gains Σ ĝ₁ĝ₁ᵀ + Σ ĝ₂ĝ₂ᵀ, without the products of
 ĝ₁ and ĝ₂ that backward() of their sum brings. Add losses first if they share layers.
 
-COST per layer: statistics R·(d² + out²) for R rows every tcov steps, factors (d³ + out³)/3 every
-tinv steps (eigen: about ten times that), application 2·out·d·(d + out) per step (eigen twice that),
-state 1.5·(d² + out²) numbers. Ranks divide the factorisations. No patch is formed for 'expand' on a
-convolution with stride and dilation 1, odd kernel and "same" padding by zeros, nor for 'reduce' on
-any: covariance.py, shift_gram; patches.py, patch_sum. Else patches are copied, in chunks.
+COST per layer: statistics R·(d² + out²) to twice that for R rows every tcov steps, factors
+(d³ + out³)/3 every tinv steps (eigen: about ten times that), application 2·out·d·(d + out) per step
+(eigen twice that), state 1.5·(d² + out²) numbers. Ranks divide the factorisations. For 'expand' on
+a convolution with stride and dilation 1, odd kernel and "same" padding by zeros only the patches at
+the image's edges are formed, for 'reduce' on any none: covariance.py, shift_gram; patches.py,
+patch_sum. Else patches are copied, in chunks.
 
 THROWN AWAY: what couples layers; all correlation of inputs with output gradients; with 'expand',
 that of positions with each other. Norm layers, embeddings and weights tied to one, recurrent
@@ -254,7 +255,8 @@ class KFAC(PreconditionedSGD):
     damping is λ: large is SGD with lr/λ, small the natural gradient of each layer.
     fisher: 'empirical', gradients of the ordinary backward pass; 'sampled', of labels drawn by
         sample_fisher(logits), which is to be called before every loss.backward().
-    inverse: 'factored' (3) or 'eigen' (4).   weight_sharing: 'expand' or 'reduce' (8).
+    inverse: 'factored' (3) or 'eigen' (4).   weight_sharing: 'expand' or 'reduce' (8), which needs
+        as many samples first in a layer's input as in the model's; else it takes the plain step.
     loss_terms: the loss is a mean over 'samples', over 'tokens' (all positions of all samples), or
         over this number of terms, on this rank, in all backward passes of a step; an attribute that
         may change from step to step. (With fisher='sampled' the rows of the logits are the terms.)
@@ -314,6 +316,10 @@ class KFAC(PreconditionedSGD):
             samples = {shape[0] for shape in inputs}
             if use.x.shape[1] in samples and len(use.x) not in samples:
                 use.batch = use.x.shape[1]
+        if self.reduce and inputs and use.batch is None and use.call.batched and \
+                len(use.x) not in {shape[0] for shape in inputs}:
+            self.watcher.contradict(layer, "weight_sharing='reduce' needs its samples first")
+            return {}, 0
         if self.fisher == "sampled":
             use.drawn = None
             if torch._C._current_graph_task_id() == -1:      # else an activation checkpoint's rerun

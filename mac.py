@@ -60,9 +60,9 @@ The plain inverse is this multiplier divided by ρ, and the same at ρ = 1.
 WHY (5). Images normalised to zero mean have ā ≈ 0: their mean says nothing.
 So the first layer keeps its small exact covariance (d = 27 for a 3×3 convolution on RGB).
 That reason needs a layer which reads the model's input, and reads it alone.
-So no layer has A₁ where an embedding, a recurrent layer or projections to q, k, v come first in
-modules(). Elsewhere it is the first layer that is trained, as published (frozen ones may stand
-before it). input_covariance names another layer, or is False: no layer.
+So no layer has A₁ where an embedding, a recurrent layer or projections to q, k, v (known by their
+names) come first in modules(). Elsewhere it is the first layer that is trained, as published (frozen
+ones may stand before it). input_covariance names another layer, or is False: no layer.
 
 WHY (6). One head: V = X W_Vᵀ, T = softmax(QKᵀ/√d_h), O = T V. So O = (T X) W_Vᵀ.
 Then the gradient of W_V is (∂loss/∂O)ᵀ (T X): the rows that W_V multiplies are those of T X.
@@ -74,7 +74,8 @@ COST per layer: statistic O(numel of the input) every tcov steps (first layer 2�
 scaled_dot_product_attention its scores once more, 2·B·N²·d; a softmax that the model forms itself
 is only summed, as nn.MultiheadAttention's with need_weights=True), application
 4·out·d per step (SGD touches the same out·d numbers; first layer 2·out·d²), state 2d numbers per
-group of a convolution, else 4d (6). No d×d matrix but A₁.
+group of a convolution, else 4d (6), of nn.MultiheadAttention's q, k, v together 8d. No d×d matrix
+but A₁.
 
 THROWN AWAY: all of A but one direction (WHERE IT HOLDS: not a small part), and all of P. In (6)
 each head's rows of W_V see their own T X; one ā for all heads pools them.
@@ -245,8 +246,9 @@ class MAC(PreconditionedSGD):
         """Fix A₁ by one pass over the data, as published, instead of averaging it online.
 
         batches: input tensors, or tuples that begin with one; the mean is over the rows of all of
-        them, on all ranks. The model runs without gradients up to its first layer; its buffers and
-        mode stay as they are. Raises ValueError if no layer has an input covariance, or no batch.
+        them, on all ranks. The model runs without gradients up to the first use of its first layer;
+        its buffers and mode stay as they are. Raises ValueError if no layer has an input
+        covariance, or there is no batch.
         """
         layer = self.layers.get(self.first)
         if layer is None:

@@ -19,7 +19,7 @@ THE UPDATE, for every Linear and Conv2d, with G the gradient of its weight (bias
                                       + 1 for bias; one block per group of a convolution, three for
                                       the q, k, v of nn.MultiheadAttention
     S        S                        (blocks, d, r), SᵀS = I; r = rank; drawn from seed and the
-                                      layer's place in the model
+                                      layer's place in the model; X S: all rows' aᵀS
     Y        state "sketched"         (blocks, d, r); the paper's C̃ is (1 − βᵏ) Y
     U, λ̂     state "U", "eigenvalues" (blocks, d, r), (blocks, r): those in use
     A, its Cholesky factor            state "covariance", "factor", as in foof.py, where d ≤ r
@@ -46,7 +46,7 @@ Z Zᵀ = Y_ν L⁻ᵀ L⁻¹ Y_νᵀ = Y_ν (L Lᵀ)⁻¹ Y_νᵀ is that (4). (
 matrix, of (LᵀL)⁻¹.)
 From Z = U diag(σ) Vᵀ follows Z Zᵀ = U diag(σ²) Uᵀ, and Z was not squared to get it.
 Subtracting ν takes the shift back.
-An eigenvalue far below νd/r is lost to it (WHERE IT HOLDS, with ν for τ), so ν is kept at the level
+An eigenvalue far below νd/r is lost to it (WHERE IT HOLDS, with ν for ε), so ν is kept at the level
 of rounding.
 
 WHY (6). U has orthonormal columns, so (Â + ρI)⁻¹ = U diag(1/(λ̂ + ρ)) Uᵀ + (I − U Uᵀ)/ρ.
@@ -58,13 +58,13 @@ So all aᵀS together are a convolution of the input, with the columns of S as i
 Σ a (aᵀS) pairs each tap's input with these outputs, over batch and positions: that is how the
 weight gradient of this convolution pairs inputs with output gradients, which here are aᵀS.
 
-WHERE IT HOLDS. Let A = κvvᵀ + τI, an outlier κ over a flat rest τ, and c = ‖Sᵀv‖² ≈ r/d.
-By (4), vᵀÂv = (κ + τ)² c/(κc + τ), for κ ≫ τ about κ/(1 + τd/(κr)).
-So an outlier κ ≫ τd/r is seen in full.
+WHERE IT HOLDS. Let A = κvvᵀ + εI, an outlier κ over a flat rest ε, and c = ‖Sᵀv‖² ≈ r/d.
+By (4), vᵀÂv = (κ + ε)² c/(κc + ε), for κ ≫ ε about κ/(1 + εd/(κr)).
+So an outlier κ ≫ εd/r is seen in full.
 What is not seen takes the step 1/ρ, too long by (κ + ρ)/ρ.
 Measured after 100 steps of ResNet-20 on CIFAR-10 (JPEG copy) with r = 10, ρ = 1: the sketch holds
 69 to 100 % of each layer's largest eigenvalue, and (Â + ρI)⁻¹(A + ρI) has condition numbers of 1.2
-to 25, down from 22 to 480 of A + ρI: `python analyze.py nystrom --dataset cifar10`.
+to 25, down from 24 to 475 of A + ρI: `python analyze.py nystrom --dataset cifar10`.
 
 COST per layer: statistic 4R·d·r every tcov steps, (5) O(d·r² + r³) every tinv steps, application
 4·out·d·r per step, state 2d·r + r numbers; S, d·r more, is drawn again rather than saved. Where
@@ -77,7 +77,7 @@ DEPARTURES from the paper, as far as it is known. It takes (4) of A + ρI, whose
 is Gaussian with variance 1/d; here its columns are orthonormal. k counts the updates of the average
 (⌊t/tcov⌋ would divide by zero at first).
 
-ERRATA, against the authors' released code (figures: κ as above, τ = 0.01, ρ = 1), which
+ERRATA, against the authors' released code (figures: κ as above, ε = 0.01, ρ = 1), which
  - solves with L on the wrong side, (LᵀL)⁻¹ for (L Lᵀ)⁻¹: at d = 144, r = 50 it takes κ = 1,000 for
    more than 50,000;
  - draws a new S at each update of an average, which then mixes products with many matrices while

@@ -316,6 +316,8 @@ AMBIGUOUS = ("Linear, one row", "two calls", "tied", "tied, two biases", "tied, 
 def test_step(method, name):
     if name == "fused qkv" and "mac" in method:
         pytest.skip("the values' mean is another one: test_mac_attention_kinds")
+    if name.startswith("tied") and "reduce" in method:
+        pytest.skip("seven rows of five samples: test_kfac_reduce_without_samples")
     build, call = STEPS[name]
     net = build().double()
     check_step(method, net, lambda: [net(randn(*call))] if isinstance(call, tuple) else call(net),
@@ -972,6 +974,8 @@ ATTENTIONS = {       # O, the layers, which of their rows are those of v; none: 
     "reshaped": (on(thirds, lambda q, k, v: eager(q, k, v.reshape(6, 4, 3).view(3, 2, 4, 3))), QKV,
                  V),
     "activated": (on(thirds, lambda q, k, v: eager(q, k, F.gelu(v))), QKV, {}),
+    "repeated in new memory": (on(few_values, lambda q, k, v: eager(
+        q, *(y.repeat_interleave(2, 1) for y in (k, v)))), dict(qkv=16), {}),
     "with more keys": (on(lambda y: [torch.cat([p, p[:, :, :1]], 2) for p in thirds(y)], sdpa), QKV,
                        {}),
     "checkpointing": (checkpointed(False), QKV, V),
@@ -1014,6 +1018,16 @@ def test_mac_attention_kinds(kind, chunked, monkeypatch):
         check_rows(G, whole(moved[f"{name}.weight"], moved[f"{name}.bias"]), rows)
         line = str(optimizer).split(f" {name}: ")[1].split("\n")[0]
         assert ("attended" in line) == (name in values)
+
+
+def test_mac_values_of_a_part():
+    """v's input may be a view that nothing holds but its call: the graph keeps a copy of it."""
+    net = Attends(lambda m, x: sdpa(heads(m.q(x)), *(
+        heads(layer(x[:, :3])) for layer in (m.k, m.v))), **QK_V).double()
+    optimizer = MAC(net)
+    take_step(net, optimizer, net(randn(3, 4, 6)).sum())
+    total = whole(net.v.weight.grad, net.v.bias.grad).mean(0)
+    close(optimizer.state[net.v.weight]["mean"][-1], total / total[-1], 1e-12)
 
 
 def test_mac_without_attention():
@@ -1611,16 +1625,17 @@ def test_kfac_sampled_refuses():
 # What calls a model, how, and how many terms the loss then has: B = 4 samples, S = 3 tokens.
 
 class Returns(nn.Module):
-    """A layer on the first argument of floats; `shape` makes its output what it returns."""
+    """A layer on the first argument of floats; turn makes it the layer's input, shape makes the
+    layer's output what it returns."""
 
-    def __init__(self, shape=lambda y: y, module=None):
+    def __init__(self, shape=lambda y: y, module=None, turn=lambda x: x):
         super().__init__()
         self.layer = nn.Linear(6, 5) if module is None else module
-        self.shape = shape
+        self.shape, self.turn = shape, turn
 
     def forward(self, *args, **kwargs):
         x = next(x for x in (*args, *kwargs.values()) if x.is_floating_point())
-        return self.shape(self.layer(x))
+        return self.shape(self.layer(self.turn(x)))
 
 
 class Parts(nn.Module):
@@ -1730,6 +1745,14 @@ def perturbed(net):
     mean_loss(net(x), net(x + noise))
 
 
+def unrolled(net):
+    """A cell that goes on from its own output, with a loss of each step."""
+    states = [randn(4, 6)]
+    for _ in range(3):
+        states.append(net.encoder(states[-1]))
+    mean_loss(*(net.layer(state) for state in states[1:]))
+
+
 def conv(shape=lambda y: y, out=2):
     return Returns(shape, nn.Conv2d(3, out, 3, padding=1))
 
@@ -1791,7 +1814,7 @@ def test_kfac_terms(loss_terms, build, passes, want):
     ("samples", lambda: Encoder(None), one(3, 4, 6), "batch_first"),
     ("samples", Returns, lambda net: mean_loss(net(randn(4, 6)), net(randn(4, 6))),
      "several calls"),
-    ("samples", Returns, perturbed, "several"),
+    ("samples", Returns, perturbed, "several"), ("samples", Parts, unrolled, "several calls"),
     ("samples", Parts, lambda net: mean_loss(net.encoder(randn(4, 6)), net.layer(randn(3, 6))),
      "[3, 4]"),
     ("samples", Language, lambda net: mean_loss(net(4)), "no tensor"),
@@ -1840,6 +1863,19 @@ def test_kfac_positions_first():
         states.append(factors(net, optimizer))
     assert len(states[0]) == 6
     close(*states, 1e-12)
+
+
+@pytest.mark.parametrize("turn, back", (
+    (lambda x: x.flatten(0, 1), lambda y: y.view(4, 3, 5).mean(1)),                # rows of tokens
+    (lambda x: x.unflatten(1, (3, 1)).flatten(0, 1), lambda y: y.view(4, 3, 5).mean(1)),  # windows
+    (lambda x: x.transpose(0, 1), lambda y: y.mean(0))))                           # positions first
+def test_kfac_reduce_without_samples(turn, back):
+    """Where a layer's rows are not told apart by sample, 'reduce' takes the plain step."""
+    net = Returns(back, nn.Linear(6, 5), turn).double()
+    optimizer = KFAC(net, lr=1.0, weight_sharing="reduce")
+    moved = take_step(net, optimizer, net(randn(4, 3, 6)).square().mean())
+    assert "needs its samples first" in repr(optimizer)
+    close(moved["layer.weight"], net.layer.weight.grad, 1e-12)
 
 
 @pytest.mark.parametrize("fused", (False, True))

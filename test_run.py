@@ -1,4 +1,4 @@
-"""run.py, folder.py, report.py, ranks.py, by way of the three scripts: what ends a run loses nothing.
+"""run.py, folder.py, report.py, ranks.py by the three scripts: what ends a run loses nothing.
 
 What a user meets as a process is one here too; the rest calls a script's main() in this process,
 which starts sooner. Everything is tiny, on generated data, so accuracies mean nothing.
