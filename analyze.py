@@ -49,9 +49,8 @@ from models import CIFAR_MODELS
 from probe import (attention_matrices, choose, layers_of, loss_at, output_gradients, project,
                    run_ends, sample, second_moments, set_up, stages, surface, train_and_watch,
                    train_placebo, trained_paths, training, watch_updates)
-from ranks import UsageError, tell
+from ranks import Diverged, UsageError, tell
 from report import print_anything
-from run import Diverged
 from spectra import (alignment, contraction, correlation, cosine_bound, gershgorin_discs, kaiser,
                      preconditioned_grams, principal_plane, signal_to_noise, spectrum,
                      symmetric_noise, top_eigenvalues)

@@ -29,8 +29,7 @@ from mac import MAC
 from models import CIFAR_MODELS, Attention
 from patches import Geometry
 from pooling import running_mean
-from ranks import UsageError
-from run import Diverged
+from ranks import Diverged, UsageError
 from spectra import Moments, top_cosine
 from uses import Use
 

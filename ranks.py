@@ -29,6 +29,10 @@ class UsageError(Exception):
     """Its message is the one sentence for the user; exit status 2."""
 
 
+class Diverged(Exception):
+    """Its message is the one sentence for the user; exit status 1."""
+
+
 def is_first():
     """Whether this process is the first of its run; what is alone is, whatever set RANK."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
@@ -194,7 +198,7 @@ def start(device, stop):
         raise UsageError(f"--device {device}: each of {world} processes takes a GPU of its own; "
                          "--device cuda lets them, and CUDA_VISIBLE_DEVICES chooses which")
     if found.type == "cuda":
-        if local >= torch.cuda.device_count():
+        if max(local, from_environment("LOCAL_WORLD_SIZE", 1) - 1) >= torch.cuda.device_count():
             raise UsageError("torchrun started more processes than the "
                              f"{torch.cuda.device_count()} GPUs here: give it --nproc_per_node of "
                              "at most that")
@@ -261,6 +265,8 @@ class Stop:
 
         def wait():
             number = reader.recv(1)
+            while number and number[0] not in self.SIGNALS:     # a worker's end, SIGCHLD
+                number = reader.recv(1)
             if number:
                 # a step of a large network takes its time, and torchrun kills after 30 s
                 begun = time.monotonic()

@@ -8,6 +8,7 @@ import textwrap
 import torch
 
 from folder import finite
+from ranks import Diverged, tell
 
 
 def time_in_words(seconds):
@@ -41,12 +42,23 @@ def describe(model, optimizer, config, device, folder, whole=True):
 def train_all(args, title, metrics, train, **facts):
     """train(optim, seed) for each of them, which returns a record; their table, and one record.
 
-    metrics: {name in the records: (heading, digits)}
+    metrics: {name in the records: (heading, digits)}. Raises Diverged at the end if some of
+    several runs did.
     """
-    results = []
+    results, diverged, several = [], [], len(args.optim) * len(args.seed) > 1
     for optim in args.optim:
-        runs = [train(optim, seed) for seed in args.seed]
-        result = dict(optim=optim, run=args.seed)
+        runs = []
+        for seed in args.seed:
+            try:
+                runs.append(train(optim, seed))
+            except Diverged as error:
+                if not several:
+                    raise
+                tell(str(error))
+                diverged.append(f"{optim} with seed {seed}")
+        if not runs:
+            continue
+        result = dict(optim=optim, run=[run["seed"] for run in runs])
         for name in metrics:
             values = [run[name] for run in runs]
             result |= {name: values, f"{name}_mean": statistics.mean(values),
@@ -56,10 +68,12 @@ def train_all(args, title, metrics, train, **facts):
         for name in "peak_memory", "state_bytes":
             result[name] = max(run[name] for run in runs)
         results.append(dict(result, output_dir=[run["output_dir"] for run in runs]))
-    if len(results) > 1 or len(args.seed) > 1:
+    if several:
         print_table(title, metrics, results)
     print_record(dict(facts, model=args.model, epochs=args.epochs, torch=torch.__version__,
                       results=results))
+    if diverged:
+        raise Diverged(f"diverged, and not in the table: {', '.join(diverged)}")
 
 
 def print_table(title, metrics, results):

@@ -31,12 +31,8 @@ from tqdm import tqdm
 
 from download import DataError
 from folder import check_folder, lock, read_checkpoint, write_file, write_json
-from ranks import Stop, UsageError, is_first, set_whole_state, tell, whole_state
+from ranks import Diverged, Stop, UsageError, is_first, set_whole_state, tell, whole_state
 from report import print_anything, time_in_words
-
-
-class Diverged(Exception):
-    """Its message is the one sentence for the user; exit status 1."""
 
 
 def seed_of(*numbers):
@@ -187,17 +183,18 @@ class Run:
         self.progress = self.progress or Progress(self.ranks)
         self.stop.noting = True
         try:
-            yield self.progress
-        except (KeyboardInterrupt, DataError, UsageError, OSError) as error:
-            # of an OSError (of the output, say) the other ranks do not know
-            if self.within_step or isinstance(error, OSError) and self.ranks.world > 1:
-                raise
-            where = f"in epoch {number + 1} after step {self.progress.step}"
-            self.save()
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(error.args[0], where)
-            raise UsageError(f"{str(error).rstrip('.')}; the run is saved {where}, and --resume "
-                             "continues there")
+            try:
+                yield self.progress
+            except (KeyboardInterrupt, DataError, UsageError, OSError) as error:
+                # of an OSError (of the output, say) the other ranks do not know
+                if self.within_step or isinstance(error, OSError) and self.ranks.world > 1:
+                    raise
+                where = f"in epoch {number + 1} after step {self.progress.step}"
+                self.save_unfinished()
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(error.args[0], where)
+                raise UsageError(f"{str(error).rstrip('.')}; the run is saved {where}, and "
+                                 "--resume continues there")
         except FloatingPointError as error:
             raise Diverged(f"training diverged in epoch {number + 1} ({error}): try a smaller "
                            f"--lr, a longer --warmup or more --damping; {self.folder} keeps what "
@@ -218,16 +215,14 @@ class Run:
         bar = tqdm(desc=text, total=total, initial=progress.step, leave=False,
                    disable=self.ranks.rank > 0 or None, dynamic_ncols=True)
         before, start = progress.seconds, time.perf_counter()
-        while True:
+        while progress.step < total:
             problem, waiting = None, time.perf_counter()
             try:
-                batch = next(batches) if progress.step < total else None
+                batch = next(batches)
             except (DataError, OSError) as error:
                 problem = str(error)
             progress.waited += time.perf_counter() - waiting
             self.pause(problem, bar, total)
-            if batch is None:
-                break
             torch.manual_seed(seed_of(self.config["seed"], number, progress.step, self.ranks.rank))
             self.within_step = True
             yield batch
@@ -257,8 +252,7 @@ class Run:
         if news > LATE:
             raise KeyboardInterrupt(news)
         if news == LATE:
-            self.progress.means()              # a loss that is not finite is not saved
-            self.save()
+            self.save_unfinished()
             if bar.disable:
                 print(f"{self.text(len(self.rows))}  step {self.progress.step}/{total}  saved, "
                       f"{self.left(total)} left", flush=True)
@@ -319,6 +313,10 @@ class Run:
         finally:
             self.stop.saving = False
         self.due = time.monotonic() + 60 * self.minutes
+
+    def save_unfinished(self):
+        self.progress.means()                  # raises where the loss is not finite: nothing is lost
+        self.save()
 
     def write_log(self):
         lines = [",".join(self.rows[0])] + [
@@ -394,10 +392,14 @@ def run_script(script, parse, work, smoke, argv):
         print(f"{script}: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else 2
     except RuntimeError as error:
-        if "RANK" not in os.environ or not isinstance(error, dist.DistError) and \
-                not re.search("onnection|Timed out", str(error)):
+        if "RANK" in os.environ and (isinstance(error, dist.DistError)
+                                     or re.search("onnection|Timed out", str(error))):
+            tell(f"{script}: this process lost the others of its run, most likely as one of them "
+                 f"has ended: {str(error).splitlines()[0]}")
+        elif "can't allocate memory" in str(error):
+            print(f"{script}: {error}", file=sys.stderr, flush=True)
+        else:
             raise
-        tell(f"{script}: another process of this run has ended, which is why this one does")
         return 1
     finally:
         if dist.is_available() and dist.is_initialized():

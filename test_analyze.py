@@ -24,8 +24,7 @@ from foof import FOOF
 from kfac import KFAC
 from mac import MAC
 from nysact import NysAct
-from ranks import UsageError
-from run import Diverged
+from ranks import Diverged, UsageError
 from testing import at_most, close, randn, raises
 
 f64 = functools.partial(torch.tensor, dtype=torch.float64)

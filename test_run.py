@@ -4,11 +4,13 @@ What a user meets as a process is one here too; the rest calls a script's main()
 which starts sooner. Everything is tiny, on generated data, so accuracies mean nothing.
 KILLS=30 pytest test_run.py -k kill has each run killed so often.
 """
+import argparse
 import contextlib
 import csv
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -24,11 +26,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import ranks
 import run
 from download import DataError
 from folder import check_folder, finite, lock, write_file
-from ranks import Stop
-from report import time_in_words
+from ranks import Diverged, Ranks, Stop, UsageError
+from report import time_in_words, train_all
 
 HERE = Path(__file__).resolve().parent
 # One epoch each; the folder and what a test needs are appended.
@@ -276,6 +279,32 @@ def test_signal_within_an_epoch(tmp_path, monkeypatch, line, number, step):
     assert same_runs(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_signal_in_the_last_step(tmp_path, monkeypatch):
+    """What is saved is the epoch's end: ranks have averaged their BatchNorm statistics by then."""
+    averaged = []
+    monkeypatch.setattr(Ranks, "average_buffers", lambda *_: averaged.append(1))
+    at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    call(f"{IMAGENET} --output_dir {tmp_path}", 143)
+    assert averaged and checkpoint(tmp_path)["partial"]["step"] == 6
+
+
+@each_script
+def test_signal_after_a_loss_that_is_not_finite(tmp_path, monkeypatch, line):
+    """The last good checkpoint stays, and the end is called what it is."""
+    count, add = [0], run.Progress.add
+
+    def broken(self, loss, *args):
+        count[0] += 1
+        add(self, loss * (1 if count[0] < 8 else math.nan), *args)
+        if count[0] == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(run.Progress, "add", broken)
+    err = refused(f"{more_epochs(line, 2)} --output_dir {tmp_path}/run", 1)
+    assert "training diverged in epoch 2" in err, err
+    saved = checkpoint(tmp_path / "run")
+    assert saved["epoch"] == 1 and saved["partial"] is None
+
+
 @each_script
 def test_signal_in_evaluation(tmp_path, monkeypatch, line):
     """The training of the epoch is not done again."""
@@ -337,6 +366,22 @@ def test_stop_while_waiting_to_begin(start, line):
     time.sleep(1)
     rank.send(signal.SIGTERM)
     assert "stopped while waiting" in rank.finish(143)
+
+
+def end_of_a_worker():
+    """What torch's loaders do: their handler of SIGCHLD, and a worker that ends."""
+    stop = Stop()
+    with stop.listening():
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        stop.watch()
+        os.kill(os.getpid(), signal.SIGCHLD)
+        time.sleep(6)
+
+
+def test_the_end_of_a_worker_is_no_end():
+    process = Forked(target=end_of_a_worker)
+    process.start()
+    assert process.wait(120) == 0
 
 
 def test_stop_while_another_hangs(start):
@@ -431,6 +476,44 @@ def test_srun_without_torchrun(tmp_path, monkeypatch, line):
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert "torchrun" in refused(f"{line} --output_dir {tmp_path}/run")
     assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """All of them refuse, and not only those without a GPU, of which nobody hears."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in "WORLD_SIZE", "LOCAL_WORLD_SIZE":
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UsageError, match="more processes than the 1 GPUs"):
+        ranks.start("cuda", Stop())
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
+    (torch.distributed.DistBackendError("NCCL error: Duplicate GPU detected"), "Duplicate GPU")])
+def test_errors_of_torch(monkeypatch, capsys, error, said):
+    """One line with torch's own words, status 1."""
+    def work(args, stop):
+        raise error
+    monkeypatch.setenv("RANK", "0")
+    assert run.run_script("x.py", lambda argv: argparse.Namespace(smoke=False), work, None, []) == 1
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+
+
+def test_one_of_several_runs_diverges(capsys):
+    """The others go on to the table."""
+    def train(optim, seed):
+        if (optim, seed) == ("sgd", 1):
+            raise Diverged("training diverged in epoch 3")
+        return dict(seed=seed, test_acc=50.0, train_loss=1.0, seconds_per_epoch=1.0, peak_memory=0,
+                    state_bytes=0, output_dir="")
+    args = argparse.Namespace(optim=["sgd", "mac"], seed=[0, 1], model="x", epochs=3)
+    with pytest.raises(Diverged, match="sgd with seed 1$"):
+        train_all(args, "title", dict(test_acc=("accuracy", 2)), train)
+    out, err = capsys.readouterr()
+    assert [row["run"] for row in record(out)["results"]] == [[0], [0, 1]]
+    assert "epoch 3" in err
 
 
 @each_script
