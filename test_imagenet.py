@@ -373,6 +373,15 @@ def test_computed_in_other_ways(tmp_path, flags):
     assert same_runs(tmp_path / "plain", tmp_path / "other")
 
 
+def test_checkpointing_and_batchnorm(tmp_path):
+    """What is computed twice is counted once: losses, weights and statistics to the bit."""
+    line = f"{SMALL} {RESNET} -b 6 --accum 2 --opt mac --output-dir {tmp_path}"
+    call(f"{line}/plain")
+    call(f"{line}/other --grad-checkpointing")
+    assert same_runs(tmp_path / "plain", tmp_path / "other")
+    assert checkpoint(tmp_path / "other")["model"]["layer1.0.bn1.num_batches_tracked"] == 2 * 6
+
+
 def test_resumed_with_other_batches(tmp_path):
     """The same global batch in other parts; another one is refused."""
     call(f"{SMALL} -b 12 --output-dir {tmp_path}")

@@ -327,10 +327,30 @@ def wrap(setup):
     """The setup with its model in DDP, which waits for all ranks, and compiled."""
     for module in setup.model.modules():
         if setup.config["grad_checkpointing"] and isinstance(module, BLOCKS):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = functools.partial(checkpointed, module, module.forward)
     wrapped = setup.model if setup.config["fsdp"] else setup.ranks.wrap(setup.model)
     step_model = torch.compile(wrapped) if setup.config["compile"] else wrapped
     return setup._replace(wrapped=wrapped, step_model=step_model)
+
+
+def checkpointed(block, forward, x):
+    """forward(x), computed again in the backward pass, where it leaves BatchNorm's buffers alone.
+
+    In a compiled graph both are one function, which updates them once.
+    """
+    more = {} if torch.compiler.is_compiling() else dict(
+        context_fn=lambda: (contextlib.nullcontext(), kept_buffers(block)))
+    return checkpoint(forward, x, use_reentrant=False, **more)
+
+
+@contextlib.contextmanager
+def kept_buffers(module):
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:                     # torch ends the second pass by an exception once it has all
+        for buffer, value in zip(module.buffers(), before):
+            buffer.copy_(value)
 
 
 def logits_of(setup, model, x):
