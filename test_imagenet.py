@@ -358,6 +358,10 @@ def test_options_run(tmp_path):
     again = record(call(f"{only}/run")[0])
     for name in ("test_loss", "test_acc", "test_top5", "ema_loss", "ema_acc"):
         assert abs(again[name] - result[name]) < 1e-5, name
+    out, _ = call(f"{only}/run", terminal=True)        # where a person reads no record
+    for name in ("test", "ema"):
+        assert (f"{name}: loss {again[f'{name}_loss']:.4f}, top-1 {again[f'{name}_acc']:.2f}%, "
+                f"top-5 {again[f'{name}_top5']:.2f}%\n") in out and "{" not in out
     again = record(call(f"{only}/no --pretrained {tmp_path}/run/checkpoint.pt")[0])
     assert abs(again["test_loss"] - result["test_loss"]) < 1e-5 and not (tmp_path / "no").exists()
 

@@ -737,6 +737,9 @@ def test_only(setup, args):
         results.update(zip(("ema_loss", "ema_acc", "ema_top5"), evaluate(setup, ema, "ema")))
     results.update(zip(("test_loss", "test_acc", "test_top5"),
                        evaluate(setup, setup.model, "test")))
+    for name in (name for name in ("ema", "test") if f"{name}_loss" in results):
+        print(f"{name}: loss {results[f'{name}_loss']:.4f}, top-1 {results[f'{name}_acc']:.2f}%, "
+              f"top-5 {results[f'{name}_top5']:.2f}%")
     return dict(model=setup.config["model"], processes=setup.ranks.world, **results)
 
 
