@@ -52,6 +52,9 @@ def read_image(path):
                         "replace it.") from error
     except DataError:
         raise
+    except MemoryError as error:
+        raise DataError(f"there is not enough memory to decode {path}; use fewer --workers."
+                        ) from error
     except Exception as error:  # damaged bytes fail in any way they like
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"cannot read {path}: {error.strerror}.") from error

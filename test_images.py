@@ -327,6 +327,15 @@ def test_bad_files(folders, monkeypatch, content, words):
     assert "\n" not in str(caught.value)
 
 
+def test_too_little_memory(folders, monkeypatch):
+    """No fault of the image, which is not to be removed."""
+    monkeypatch.setattr(Image.Image, "convert", mock.Mock(side_effect=MemoryError))
+    Image.new("L", (9, 9)).save(folders / "good.png")
+    with refused("memory", "good.png", "fewer --workers") as caught:
+        images.read_image(folders / "good.png")
+    assert "remove" not in str(caught.value)
+
+
 def test_without_pillow(tmp_path, monkeypatch):
     """Random and packed images need none; what does says how to get it."""
     images.write_packed(tmp_path, "train", SOURCE, {"count": 50, "size": 16, "classes": [
