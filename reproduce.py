@@ -14,6 +14,7 @@ import csv
 import math
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -223,9 +224,9 @@ def run_experiment(experiment, args):
 def run(experiment, trial, args, lock):
     """One trial to its end; its log joins the experiment's file, and its checkpoint goes."""
     folder = Path(args.results, "runs", experiment, *(part.replace(" ", "") for part in trial.key))
-    command = trial.command.replace("DATA", str(args.data_dir)) + f" --seed {trial.seed}"
-    print(f"python {command}", flush=True)
-    script, *flags = command.split()
+    words = [word.replace("DATA", str(args.data_dir)) for word in trial.command.split()]
+    script, *flags = *words, "--seed", str(trial.seed)
+    print("python", shlex.join([script, *flags]), flush=True)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / script, *flags, "--output_dir", folder,

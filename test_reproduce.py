@@ -53,7 +53,8 @@ def test_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     trials = [Trial("sgd", 0.1, seed, TINY) for seed in (0, 1)]
     trials.append(Trial("wild", 1e15, 0, f"{TINY} --lr 1e15"))
     monkeypatch.setitem(reproduce.EXPERIMENTS, "cifar", lambda results, name: trials)
-    args = argparse.Namespace(results=tmp_path, data_dir=tmp_path, jobs=1)
+    trials[0] = trials[0]._replace(command=f"{TINY} --data_dir DATA")
+    args = argparse.Namespace(results=tmp_path, data_dir=tmp_path / "my data", jobs=1)
     monkeypatch.chdir(tmp_path)                     # where no script is
     reproduce.run_experiment("cifar", args)
     found = reproduce.logs(tmp_path, "cifar")
