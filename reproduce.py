@@ -11,6 +11,7 @@ stopped continues where it was. shakespeare reads tinyshakespeare.txt in the fol
 """
 import argparse
 import csv
+import io
 import math
 import os
 import re
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from download import DataError
+from download import DataError, completed
 
 # ---------------------------------------------------------------------------------------------
 # What is run
@@ -194,14 +195,18 @@ def best_rate(results, name, arm):
 
 
 def append(results, experiment, trial, rows):
+    """To a file written anew: a first run that diverged at once did not know all columns."""
     path = Path(results, f"{experiment}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(["arm", "rate", "seed", *rows[0]])
-        writer.writerows([*trial.key, *row.values()] for row in rows)
+    rows = read(results, experiment) + [
+        dict(zip(("arm", "rate", "seed"), trial.key)) | row for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), "",
+                            lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with completed(path) as file:
+        file.write(text.getvalue().encode())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -241,9 +246,7 @@ def run(experiment, trial, args, lock):
             rows = list(csv.DictReader(file))
     with lock:
         if diverged:
-            columns = rows[0] if rows else read(args.results, experiment)[0]
-            rows.append({name: "" for name in columns if name not in ("arm", "rate", "seed")}
-                        | dict(epoch=len(rows) + 1))
+            rows.append(dict(epoch=len(rows) + 1, train_loss=""))
         append(args.results, experiment, trial, rows)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -283,7 +286,8 @@ def show_comparison(found, ratios):
     better = -1 if metric == "valid_loss" else 1
     curves, losses = {}, {}
     for (arm, rate, seed), rows in found.items():
-        curves.setdefault((arm, rate), {})[seed] = [float(row[metric] or math.nan) for row in rows]
+        curves.setdefault((arm, rate), {})[seed] = [float(row.get(metric) or math.nan)
+                                                       for row in rows]
         losses.setdefault((arm, rate), []).append(float(rows[-1]["train_loss"] or math.nan))
     first = next(iter(curves.values()))
     goal = statistics.mean(better * curve[-1] for curve in first.values())

@@ -50,15 +50,16 @@ def test_search_goes_beyond_an_edge(tmp_path, monkeypatch):
 
 def test_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     """Each run once; one that diverges is a result, its numbers left out."""
-    trials = [Trial("sgd", 0.1, seed, TINY) for seed in (0, 1)]
-    trials.append(Trial("wild", 1e15, 0, f"{TINY} --lr 1e15"))
+    trials = [Trial("wild", 1e15, 0, f"{TINY} --lr 1e15")]
     monkeypatch.setitem(reproduce.EXPERIMENTS, "cifar", lambda results, name: trials)
-    trials[0] = trials[0]._replace(command=f"{TINY} --data_dir DATA")
     args = argparse.Namespace(results=tmp_path, data_dir=tmp_path / "my data", jobs=1)
     monkeypatch.chdir(tmp_path)                     # where no script is
     reproduce.run_experiment("cifar", args)
+    reproduce.show(tmp_path, "cifar")               # of what it knows, which is nothing
+    trials += [Trial("sgd", 0.1, seed, f"{TINY} --data_dir DATA") for seed in (0, 1)]
+    reproduce.run_experiment("cifar", args)
     found = reproduce.logs(tmp_path, "cifar")
-    assert list(found) == [("sgd", "0.1", "0"), ("sgd", "0.1", "1"), ("wild", "1e+15", "0")]
+    assert list(found) == [("wild", "1e+15", "0"), ("sgd", "0.1", "0"), ("sgd", "0.1", "1")]
     assert found["sgd", "0.1", "0"][0]["train_loss"] != found["sgd", "0.1", "1"][0]["train_loss"]
     assert [row["train_loss"] for row in found["wild", "1e+15", "0"]] == [""]
     assert not list(tmp_path.rglob("checkpoint.pt")) and capsys.readouterr().out.count(TINY) == 3
