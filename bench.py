@@ -51,6 +51,7 @@ from flags import COUNT, OURS, RECIPES, TORCH, Parser
 from models import CIFAR_MODELS, GPT, GPT_SIZES, IMAGENET_MODELS
 from optimizer import Preconditioner
 from ranks import UsageError, find_device
+from report import print_anything
 
 PARTS = ("statistics", "factorisation", "application")
 # What is timed of a step: the calls of these methods; what is left of step() is application.
@@ -455,6 +456,7 @@ def parse():
 def main():
     """Run the command; its exit status."""
     torch.set_num_threads(1)
+    print_anything()
     try:
         args = parse()
         bench, show = (bench_scaling, show_scaling) if args.scaling else \

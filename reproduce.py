@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from download import DataError, completed
+from report import print_anything
 
 # ---------------------------------------------------------------------------------------------
 # What is run
@@ -406,6 +407,7 @@ def parse(argv):
 
 def main(argv):
     """Run the command; its exit status."""
+    print_anything()
     args = parse(argv)
     try:
         for experiment in args.experiments:

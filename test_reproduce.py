@@ -1,6 +1,8 @@
 """reproduce.py: what is run, once and to its end, and what the tables say of it."""
 import argparse
 import csv
+import io
+import sys
 
 import pytest
 
@@ -82,6 +84,14 @@ def test_comparison_by_hand(tmp_path, capsys):
                          f"{epochs:.2f} | {1.05 * epochs:.2f} |")
     assert lines[-2].endswith("| 2.00 | 2.00 |")
     assert reproduce.reached([3, 4], 2) == 1 and reproduce.reached([0, 1], 2) is None
+
+
+def test_prints_to_ascii(tmp_path, monkeypatch):
+    write(tmp_path, "cifar", [("mac", "0.1", seed, 1, 2, 50 + seed) for seed in (0, 1)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert reproduce.main(["--results", str(tmp_path)]) == 0
+    sys.stdout.flush()
+    assert b"50.500 \\xb1 0.707" in sys.stdout.buffer.getvalue()
 
 
 def test_without_results(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """train_cifar.py and bench.py, on generated images; see test_run.py for what all scripts share."""
 import csv
+import io
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -178,6 +180,17 @@ def test_bench_launches(start, tmp_path, model):
     assert rows["sgd"]["ratio"] == 1 and rows["sgd"]["between"] == rows["sgd"]["due"]
     for row in rows.values():
         assert rows["sgd"]["mean"] <= row["between"] <= row["mean"] <= row["due"], row
+
+
+def test_bench_prints_to_ascii(monkeypatch):
+    import bench as script
+    row = dict.fromkeys(script.PARTS, 0.0) | dict(optimizer="sgd", layer="3×3 conv", size=8)
+    monkeypatch.setattr(script, "bench_scaling", lambda args: [row])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--scaling"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert script.main() == 0
+    sys.stdout.flush()
+    assert b"3\\xd73 conv" in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize("flags", ["--repeats 0", "--model resnet", "--scaling --launches",
