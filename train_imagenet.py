@@ -609,6 +609,9 @@ def check(args, config, device):
     if timm and config["batch_size"] % 2 and (args.mixup or args.cutmix):
         raise UsageError(f"--batch_size {config['batch_size']}: mixup and cutmix in the recipe of "
                          "DeiT and Swin need an even number")
+    if args.ra_sampler and args.aug_repeats not in (None, args.ra_reps or 3):
+        raise UsageError(f"--ra_sampler takes each image {args.ra_reps or 3} times (--ra_reps), "
+                         f"and --aug_repeats {args.aug_repeats} says otherwise: drop one")
     for name in ("scale", "ratio"):
         least, largest = config[name]
         if least > largest:
