@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from attention import Attention
 from capture import Watcher
-from flags import COUNT, OURS, RECIPES, TORCH, Parser
+from flags import COUNT, OURS, RECIPES, TORCH, Parser, note_unused
 from models import CIFAR_MODELS, GPT, GPT_SIZES, IMAGENET_MODELS
 from optimizer import Preconditioner
 from ranks import UsageError, find_device
@@ -446,6 +446,11 @@ def parse():
     parser.add_argument("--csv", metavar="FILE", help="write the table to this file too")
     args = parser.parse_args()
     args.optim = ["sgd", *(optim for optim in dict.fromkeys(args.optim) if optim != "sgd")]
+    steps = {"amp", "batch_size", "channels_last", "compile", "repeats"}
+    for mode, unused in ("scaling", {*steps, "model"}), ("launches", steps):
+        if getattr(args, mode):
+            note_unused({name for name in unused
+                         if getattr(args, name) != parser.get_default(name)}, f"--{mode}")
     find_device(args.device)                           # refuses what is not there
     folder = os.path.dirname(os.path.abspath(args.csv or ""))
     if not os.path.isdir(folder) or os.path.isdir(args.csv or ""):

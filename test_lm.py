@@ -322,7 +322,9 @@ def test_wrong_commands(tmp_path, flags, words):
     assert words.format(tmp_path) in err and not (tmp_path / "run").exists()
 
 
-def test_text_beside_dataset(tmp_path):
+def test_flags_without_effect(tmp_path):
     (tmp_path / "a.txt").write_text("to be or not to be\n" * 99)
     out, err = call(f"{TINY} --text {tmp_path}/a.txt --output_dir {tmp_path}/run")
     assert err == "note: no use for --dataset in a run with --text\n" and "a.txt (" in out
+    _, err = call(f"{TINY} --schedule constant --min_lr 0.5 --output_dir {tmp_path}/other")
+    assert err == "note: no use for --min_lr in --schedule constant\n"

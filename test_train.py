@@ -65,6 +65,7 @@ def test_wrong_commands(tmp_path, flags, words):
 
 @pytest.mark.parametrize("flags, words", {
     "--rank 5": "--rank", "--milestones 3": "--milestones", "--lr_decay 0.5": "--lr_decay",
+    "--schedule multistep --milestones 1 2": "--milestones in --epochs 1",
     "--cutout 64": "--cutout in images of 32 pixels"}.items())
 def test_flags_without_effect(tmp_path, flags, words):
     _, err = call(f"{SMALL} --output_dir {tmp_path}/run {flags}")
@@ -182,15 +183,18 @@ def test_bench_launches(start, tmp_path, model):
         assert rows["sgd"]["mean"] <= row["between"] <= row["mean"] <= row["due"], row
 
 
-def test_bench_prints_to_ascii(monkeypatch):
+def test_bench_prints_to_ascii(monkeypatch, capsys):
+    """And says which flags it has no use for."""
     import bench as script
     row = dict.fromkeys(script.PARTS, 0.0) | dict(optimizer="sgd", layer="3×3 conv", size=8)
     monkeypatch.setattr(script, "bench_scaling", lambda args: [row])
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--scaling"])
+    flags = "--scaling --model lenet5 --repeats 3 --tcov 5 --amp"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     assert script.main() == 0
     sys.stdout.flush()
     assert b"3\\xd73 conv" in sys.stdout.buffer.getvalue()
+    assert capsys.readouterr().err == "note: no use for --amp --model --repeats in --scaling\n"
 
 
 @pytest.mark.parametrize("flags", ["--repeats 0", "--model resnet", "--scaling --launches",

@@ -217,9 +217,10 @@ def check(args, device):
     """What is wrong with a command beyond single values, before anything is loaded."""
     check_compiler(args, device)
     check_optimizers(args, args.optim, RECIPES)
-    if args.schedule != "multistep":
+    if args.schedule != "multistep" or min(args.milestones or [0]) >= args.epochs:
+        where = "schedule" if args.schedule != "multistep" else "epochs"
         note_unused({name for name in ("milestones", "lr_decay")
-                     if getattr(args, name) is not None}, f"--schedule {args.schedule}")
+                     if getattr(args, name) is not None}, f"--{where} {getattr(args, where)}")
 
 
 def run_all(args, stop):

@@ -339,6 +339,8 @@ def check(args, ranks):
     check_optimizers(args, args.optim, RECIPES)
     if args.text is not None and args.dataset != "wikitext2":
         note_unused({"dataset"}, "a run with --text")
+    if args.schedule == "constant" and args.min_lr:
+        note_unused({"min_lr"}, "--schedule constant")
     files = [f"--{name}" for name in ("train_file", "valid_file") if getattr(args, name)]
     if files and (args.text is not None or args.dataset != "wikitext2"):
         raise UsageError(f"{files[0]} chooses among the files of --dataset wikitext2, and not of "
