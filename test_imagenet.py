@@ -177,6 +177,8 @@ RESNET = "--model resnet_test --val-resize-size 16 --val-crop-size 16"
     "--aa nonsense": "nonsense", "--model swin_tiny_patch4_window7_224 --img-size 40": "40",
     "--scale 1 0.5": "first", "--ratio 1.5 0.5": "--ratio", "--std 1 1 0": "--std",
     "--train-size 9": "only 8 training images", f"{RESNET} --dummy 9": "one image",
+    "--std 58.395 57.12 57.375": "--std", "--scale 0 0": "--scale 0.0 0.0",
+    "--lr-min 5 --lr 0.001": "--lr_min 5.0 is above",
     f"{RESNET} -b 1": "one image", "--ra-sampler --ra-reps 4 --aug-repeats 0": "--aug_repeats 0",
 }.items())
 def test_wrong_commands(tmp_path, flags, words):

@@ -424,6 +424,7 @@ MACHINE = ("batch_size", "accum", "world", "channels_last", "compile", "pretrain
 PROBABILITY = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 PIXELS = number(int, lambda v: 1 <= v <= 2 ** 14, "a whole number from 1 to 16384")
 SHARE = number(float, lambda v: 0.01 <= v <= 1, "a number from 0.01 to 1")
+DEVIATION = number(float, lambda v: 0 < v <= 1, "above 0 and at most 1, as pixels are here")
 RATIO = number(float, lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100")
 
 
@@ -522,7 +523,7 @@ FLAGS = {
                       help="least and largest width / height of a crop"),
         "mean": dict(default=[0.485, 0.456, 0.406], nargs=3, type=PROBABILITY,
                      help="of the pixels, in red, green and blue"),
-        "std": dict(default=[0.229, 0.224, 0.225], nargs=3, type=POSITIVE,
+        "std": dict(default=[0.229, 0.224, 0.225], nargs=3, type=DEVIATION,
                     help="their deviation")},
     "machine and files": {
         "amp_dtype": dict(
@@ -616,6 +617,12 @@ def check(args, config, device):
         least, largest = config[name]
         if least > largest:
             raise UsageError(f"--{name} {least} {largest}: the smaller number is to come first")
+    if config["scale"][1] < 0.01:
+        raise UsageError(f"--scale {config['scale'][0]} {config['scale'][1]}: the larger share is "
+                         "to be at least 0.01, or no crop is left")
+    if config["schedule"].startswith("cosine") and config["lr_min"] > config["lr"]:
+        raise UsageError(f"--lr_min {config['lr_min']} is above --lr {config['lr']}: the cosine is "
+                         "to fall")
     if args.amp_dtype and not args.amp:
         raise UsageError("--amp_dtype is to be given together with --amp")
     if args.sync_bn and device.type != "cuda":
