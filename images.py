@@ -341,7 +341,8 @@ class ImageLoader:
     train: shuffle; else every world-th image from `rank` on, in order, none twice and none left
     out, perhaps none at all. repeats: how often an image is taken (repeated augmentation), when
     there are several ranks; one alone would see the copies in one batch, and shuffles plainly.
-    recipe: "torchvision" keeps a last incomplete batch of training, "timm" drops it.
+    recipe: "torchvision" keeps a last incomplete batch of training, "timm" drops what
+    does not fill a step of accum batches from each rank.
     workers: processes that read and transform; 0 does it in this one.
 
     The random numbers of a sample come from (seed, epoch, position), so the batches do not depend
@@ -350,18 +351,18 @@ class ImageLoader:
     """
 
     def __init__(self, source, transform, batch_size, *, seed, train, rank=0, world=1, repeats=1,
-                 recipe="torchvision", workers=0, pin_memory=False):
+                 accum=1, recipe="torchvision", workers=0, pin_memory=False):
         self.count, self.batch_size, self.seed, self.train = len(source), batch_size, seed, train
         self.rank, self.world, self.repeats = rank, world, repeats if world > 1 else 1
-        self.drop_last = is_timm(recipe) and train
+        self.accum, self.drop_last = accum, is_timm(recipe) and train
         if train and self.repeats > 1 and self.count < BLOCK:
             raise DataError(f"repeated augmentation takes images in blocks of {BLOCK}, but "
                             f"{source.where} has only {self.count}; switch it off or add images.")
         self.plan = []  # the batches of this epoch that are still to come
         self.set_epoch(0)
         if train and len(self) == 0:
-            raise DataError(f"{self.count} images ({source.where}) are less than one batch of "
-                            f"{batch_size} for each of {world} processes; use smaller batches.")
+            raise DataError(f"{self.count} images ({source.where}) are less than the "
+                            f"{batch_size * world * accum} of a step; use smaller batches.")
         # Forked workers start at once and share the list of files; Python 3.14 would have an
         # intermediate process start them, which a SIGTERM ends. They end with their epoch, so that
         # those of a test loader come in place of these. torch's own generator is left alone: it
@@ -381,8 +382,10 @@ class ImageLoader:
         else:
             indices = positions = np.arange(self.rank, self.count, self.world)
         size = self.batch_size
-        self.batches = (len(indices) // size if self.drop_last
-                        else math.ceil(len(indices) / size))
+        self.batches = math.ceil(len(indices) / size)
+        if self.drop_last:       # as many steps of as many images, however they are divided
+            whole = min(self.count, len(indices) * self.world)
+            self.batches = whole // (size * self.world * self.accum) * self.accum
         self.plan[:] = [(indices[i * size:(i + 1) * size], positions[i * size:(i + 1) * size],
                          epoch) for i in range(skip, self.batches)]
 

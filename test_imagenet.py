@@ -299,9 +299,10 @@ def lr_of(optim):
 
 @pytest.mark.parametrize("optim", ["mac", "kfac", "adafisher"])
 def test_accumulation(tmp_path, optim):
-    """Micro-batches equal one batch, be they of one size or not."""
+    """Micro-batches equal one batch, be they of one size or not, and leave out as much."""
     for name, flags in (("parts", "-b 4 --accum 3"), ("whole", "-b 12")):
-        call(f"{SMALL} {flags} --opt {optim} --lr {lr_of(optim)} --output-dir {tmp_path}/{name}")
+        call(f"{SMALL} --dummy 40 {flags} --opt {optim} --lr {lr_of(optim)} "
+             f"--output-dir {tmp_path}/{name}")
     same_moves(moved(tmp_path / "parts"), moved(tmp_path / "whole"), 1e-4)
     x, labels = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8), torch.randint(1000, (12,))
     runs = []

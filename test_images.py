@@ -87,10 +87,15 @@ def test_batch_sizes():
     assert sum(lengths(300, 25, world=1, repeats=3)) == 300  # alone: plain, as published
     shards = [lengths(3, 1, train=False, rank=rank, world=4) for rank in range(4)]
     assert shards == [[1], [1], [1], []] and lengths(10, 4, train=False, recipe="timm")[2] == 2
+    for count in range(16, 50):  # steps of 16 images, however they are divided
+        for world, size, accum in ((1, 16, 1), (1, 8, 2), (2, 8, 1), (2, 4, 2), (4, 4, 1)):
+            batches = lengths(count, size, world=world, accum=accum, recipe="timm")
+            assert batches == [size] * (count // 16 * accum)
     with refused("255", "blocks of 256"):
         lengths(255, 5, world=2, repeats=3)
-    with refused("10", "batch of 6"):
-        lengths(10, 6, recipe="timm", world=2)
+    for size, accum in ((6, 1), (2, 3)):
+        with refused("10", "the 12 of a step"):
+            lengths(10, size, recipe="timm", world=2, accum=accum)
 
 
 SOURCE = DummyImages(50, 24, 7, seed=1)

@@ -689,7 +689,8 @@ def open_loaders(args, config, ranks, training, test):
     same = dict(seed=config["seed"], rank=ranks.rank, world=ranks.world, workers=workers,
                 recipe=config["recipe"], pin_memory=args.pin_mem and ranks.device.type == "cuda")
     train = None if training is None else images.ImageLoader(
-        training, transform, config["batch_size"], train=True, repeats=config["repeats"], **same)
+        training, transform, config["batch_size"], train=True, repeats=config["repeats"],
+        accum=config["accum"], **same)
     transform = eval_transform(config["val_resize_size"], config["val_crop_size"],
                                config["interpolation"])
     return train, images.ImageLoader(test, transform, config["batch_size"], train=False, **same)
