@@ -169,14 +169,17 @@ def several_flags(optim):
                            help="of everything random; several give mean ± std at the end")}
 
 
-def machine_flags(place):
-    """What every script can be told about the machine and the files. place: the default folder."""
+def machine_flags(place, amp="bfloat16"):
+    """What every script can be told about the machine and the files.
+
+    place: the default folder. amp: what autocast takes.
+    """
     return {
         "device": dict(
             default="auto", type=device_name, metavar="DEVICE",
             help="auto takes a GPU where there is one, cuda:1 the second; under torchrun each "
             "process takes its own"),
-        "amp": dict(default=False, help="autocast, to bfloat16 unless told otherwise"),
+        "amp": dict(default=False, help=f"autocast to {amp}"),
         "compile": dict(default=False, help="torch.compile the model"),
         "output_dir --output": dict(
             type=user_path, help="folder of the run, and where there are several of a subfolder "

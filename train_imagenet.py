@@ -543,7 +543,7 @@ FLAGS = {
             default=50, type=COUNT, help="steps between two looks at the loss"),
         "test_only": dict(default=False, help="test the weights of --pretrained, or of the "
                           "checkpoint in the run's folder"),
-        **FSDP, **machine_flags("runs/imagenet-MODEL-OPTIM/SEED")},
+        **FSDP, **machine_flags("runs/imagenet-MODEL-OPTIM/SEED", amp="--amp_dtype")},
 }
 
 
