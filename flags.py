@@ -290,14 +290,15 @@ FSDP = {"fsdp": dict(default=False, help="divide parameters, gradients and momen
                      "processes of torchrun (torch's fully_shard)")}
 
 
-def check_fsdp(args, world):
+def check_fsdp(args, world, amp_dtype=None):
     if args.fsdp and world == 1:
         raise UsageError("--fsdp divides a model among processes: start several with torchrun")
     for name in ("compile", "channels_last", "model_ema"):
         if args.fsdp and getattr(args, name, False):
             raise UsageError(f"--fsdp does not go with --{name}: leave one of them out")
-    if args.fsdp and getattr(args, "amp_dtype", None) == "float16":
-        raise UsageError("--fsdp does not go with --amp_dtype float16: bfloat16 needs no scaling")
+    if args.fsdp and amp_dtype == "float16":       # as given, or of a GPU that has no other
+        raise UsageError("--fsdp does not go with --amp in float16: --amp_dtype bfloat16 needs no "
+                         "scaling")
 
 
 def make_optimizer(model, groups, config, recipe, **more):

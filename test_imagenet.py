@@ -30,7 +30,7 @@ import images
 import models
 import run
 import train_imagenet
-from ranks import Ranks, Stop
+from ranks import Ranks, Stop, UsageError
 from test_run import (call, checkpoint, free_ports, read_log, record, refused,  # noqa: F401
                       same_runs, start_processes)
 from testing import close
@@ -184,6 +184,15 @@ RESNET = "--model resnet_test --val-resize-size 16 --val-crop-size 16"
 def test_wrong_commands(tmp_path, flags, words):
     err = refused(f"{SMALL} --dummy 8 -b 4 {flags} --output-dir {tmp_path}/run")
     assert words in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", ["", "--amp-dtype float16"])
+def test_float16_is_not_divided(monkeypatch, flags):
+    """Given, or taken because the GPU has no bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: False)
+    ranks, args = Ranks(torch.device("cuda"), world=2), parse(f"{SMALL} --fsdp --amp {flags}")
+    with pytest.raises(UsageError, match="--fsdp does not go with --amp in float16"):
+        train_imagenet.check(args, train_imagenet.resolve(args, ranks), ranks.device)
 
 
 def test_no_data(tmp_path):

@@ -628,7 +628,7 @@ def check(args, config, device):
     if args.sync_bn and device.type != "cuda":
         raise UsageError("--sync_bn needs GPUs")
     check_compiler(args, device)
-    check_fsdp(args, config["world"])
+    check_fsdp(args, config["world"], config["amp_dtype"])
     check_optimizers(args, [args.optim], RECIPES[config["recipe"]])
     note_idle(args, config)
 
