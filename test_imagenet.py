@@ -496,6 +496,7 @@ EVAL = "--model resnet_test --train-crop-size 32 --val-resize-size 32 --val-crop
 # What goes wrong, on one rank alone but for the last, and what is said of it.
 WRONG = {"unreadable": "7.ppm", "missing": "data-2 is not a folder",
          "differing": "train_size (8 on rank 0, 10 on rank 1)",
+         "frequent": "print_freq (10 on rank 0, 11 on rank 1)",
          "moved-3 refused": "moved-3 already holds a run"}
 
 
@@ -530,6 +531,7 @@ def jobs():
     todo["moved-3 refused"] = (2, f"{SMALL} -b 6 --opt mac", None)
     todo["deit"] = (2, DEIT, None)
     own = f"{SMALL.replace('--dummy 36', '')} -b 2 --data-path data-RANK"
+    todo["frequent"] = (2, f"{SMALL} -b 6 --print-freq 1RANK", None)
     todo["missing"] = (3, own, None)                            # there is data-0 and data-1
     todo["differing"] = (2, own, None)                          # of 8 and 10 images
     if importlib.util.find_spec("PIL") is not None:

@@ -762,7 +762,7 @@ def launch(args, stop):
         torch.set_float32_matmul_precision("high")       # statistics are exempt, see mac.py
     setup = ranks.together(lambda: prepare(args, ranks, stop))
     config, folder = setup.config, run_folder(args)
-    ranks.agree(dict(config, test_size=setup.test.count))
+    ranks.agree(dict(config, test_size=setup.test.count, print_freq=args.print_freq))
     try:
         if args.test_only:
             print_record(test_only(setup, args))
