@@ -16,7 +16,8 @@ import text as texts
 import train_lm
 from models import GPT, GPT_SIZES
 from ranks import Ranks, Stop, UsageError
-from test_run import call, checkpoint, read_log, record, refused, start_processes  # noqa: F401
+from test_run import (call, checkpoint, free_ports, read_log, record, refused,  # noqa: F401
+                      start_processes)
 from testing import close, on_ranks, raises, snapshot
 
 TINY = ("train_lm.py --dataset grammar --train_size 1500 --valid_size 100 --layers 2 --heads 2 "
@@ -279,6 +280,19 @@ def test_ranks(tmp_path, start):
                 close([float(row[column]) for row in b], [float(row[column]) for row in a], 1e-5)
     out, _ = call(f"{flags} --output_dir {tmp_path}/two --resume")
     assert out.count("resumed after epoch 2 of 2") == 5
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
+@pytest.mark.parametrize("flags, words", {
+    "--rank {}": "rank (3 on rank 0, 4 on rank 1)", "--run 0 {}": "seed ([0, 3] on rank 0",
+}.items())
+def test_ranks_differ(start, flags, words):
+    """Also in what a later run takes."""
+    where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(*free_ports(1)))
+    ranks = [start(f"{TINY} --optim sgd nysact {flags.format(3 + rank)}", RANK=str(rank),
+                   LOCAL_RANK=str(rank), **where) for rank in range(2)]
+    said, nothing = (process.finish(2) for process in ranks)
+    assert words in said.splitlines()[-1] and not nothing, (said, nothing)
 
 
 def one_copy(rank, world):

@@ -401,7 +401,9 @@ def run_all(args, stop):
     folders, text = ranks.together(lambda: prepare(args, ranks))
     text = share(text, ranks) if ranks.world > 1 else text
     text = text._replace(train=text.train.to(ranks.device), valid=text.valid.to(ranks.device))
-    ranks.agree(resolve(args, args.optim[0], args.seed[0], text))
+    ranks.agree(dict(optim=args.optim, seed=args.seed, sample=args.sample))
+    for optim in args.optim:
+        ranks.agree(resolve(args, optim, args.seed[0], text))
     train_all(args, f"{args.model} on {text_name(args)} after epoch {args.epochs}, over all of the "
               "validation text",
               dict(valid_loss=("validation loss", 4), valid_perplexity=("perplexity", 2)),
