@@ -97,8 +97,8 @@ class Ranks(NamedTuple):
         """
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, 1):
-            differ = [f"{name} ({first[name]} on rank 0, {other[name]} on rank {rank})"
-                      for name in first if first[name] != other[name]]
+            differ = [f"{name} ({first.get(name)} on rank 0, {other.get(name)} on rank {rank})"
+                      for name in {**first, **other} if first.get(name) != other.get(name)]
             if differ:
                 raise UsageError(f"the processes differ in {', '.join(differ)}: give all of them "
                                  "the same command and the same data")

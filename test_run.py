@@ -478,6 +478,13 @@ def test_srun_without_torchrun(tmp_path, monkeypatch, line):
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_with_other_flags(monkeypatch):
+    """Also where one knows a flag that the other has not."""
+    monkeypatch.setattr(Ranks, "gather", lambda *_: [dict(lr=1, tcov=5), dict(lr=1, beta=0.9)])
+    with pytest.raises(UsageError, match="tcov .5 on rank 0, None on rank 1., beta .None on rank"):
+        Ranks().agree({})
+
+
 def test_more_processes_than_gpus(monkeypatch):
     """All of them refuse, and not only those without a GPU, of which nobody hears."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -9,9 +9,9 @@
         --damping 1.0 --tcov 5 --tinv 50 --weight_decay 0.0005 --epoch 200 --run 0   # as published
 
 Every run writes config.json, log.csv, checkpoint.pt and record.json to its own folder. Whatever
-ends it (SIGTERM, SIGUSR1, Ctrl-C, kill -9), the same command with --resume continues, on the CPU to
-the same bits; more --epoch extend a run where the schedule allows it. Exit status: 0, or 1 when
-training diverged, 2 for a wrong command, 128 + the signal's number when stopped by one.
+ends it (SIGTERM, SIGHUP, SIGUSR1, Ctrl-C, kill -9), the same command with --resume continues, on
+the CPU to the same bits; more --epoch extend a run where the schedule allows it. Exit status: 0, or
+1 when training diverged, 2 for a wrong command, 128 + the signal's number when stopped by one.
 """
 import signal
 import sys

@@ -25,12 +25,13 @@ On several machines, one torchrun on each, with an --output_dir that they share:
         train_imagenet.py --data-path /data/imagenet --model resnet50 --amp
 
 Every run writes config.json, log.csv, checkpoint.pt and record.json to its folder. After SIGTERM,
-SIGUSR1 or Ctrl-C, or where an image cannot be read, all ranks save after the same step, and every
---checkpoint_minutes in any case. The same command with --resume continues there, on the CPU to the
-same bits. On another number of ranks (with --batch-size and --accum for the same global batch) it
-continues to rounding, but for mixing, erasing, dropout and BatchNorm, which are each rank's own.
-More --epochs extend a run with steplr or a constant rate. Exit status: 0, or 1 when training
-diverged or a rank was lost, 2 for a wrong command or bad data, 128 + a signal's number.
+SIGHUP or Ctrl-C (and SIGUSR1, which torchrun does not pass on), or where an image cannot be read,
+all ranks save after the same step, and every --checkpoint_minutes in any case. The same command
+with --resume continues there, on the CPU to the same bits. On another number of ranks (with
+--batch-size and --accum for the same global batch) it continues to rounding, but for mixing,
+erasing, dropout and BatchNorm, which are each rank's own. More --epochs extend a run with steplr or
+a constant rate. Exit status: 0, or 1 when training diverged or a rank was lost, 2 for a wrong
+command or bad data, 128 + a signal's number.
 """
 import signal
 import sys

@@ -20,7 +20,7 @@ On several machines, each of which is given one line: --nnodes 2 --rdzv_backend 
 HOST:29500 between torchrun and --nproc_per_node, and an --output_dir that they share.
 
 Every run writes config.json, log.csv, checkpoint.pt and record.json to its own folder. Whatever
-ends it (SIGTERM, SIGUSR1, Ctrl-C, kill -9), the same command with --resume continues, on the CPU to
+ends it (SIGTERM, SIGHUP, Ctrl-C, kill -9), the same command with --resume continues, on the CPU to
 the same bits, also in the midst of an epoch; more --epoch extend a run with --schedule constant.
 Exit status: 0, or 1 when training diverged or a rank was lost, 2 for a wrong command, 128 + the
 signal's number when stopped by one.
