@@ -206,7 +206,9 @@ class Preconditioner(torch.optim.Optimizer):
         self.check_captured(found, due)
         averages = {}
         for layer, group in due:
-            if layer not in found:
+            if layer not in found:             # it rests, or is pruned by now and so computed
+                if self.state.get(layer.weight, {}).get("updates") and has_gradient(layer.weight):
+                    self.forget(layer)
                 continue
             state = self.state[layer.weight]
             state["updates"] = state.get("updates", 0) + 1
@@ -240,8 +242,7 @@ class Preconditioner(torch.optim.Optimizer):
                                f"replaces a model's parameters, so call it before {name} is made "
                                "(Accelerate's prepare() then leaves the model as it is)")
         if due and not self.captured or any(
-                layer.weight.grad is not None and layer.weight.grad.any()
-                for layer, _ in due):                                # else an empty batch
+                has_gradient(layer.weight) for layer, _ in due):     # else an empty batch
             raise RuntimeError(
                 f"{name}: step() was called, but no layer it preconditions has run and received a "
                 "gradient since the last zero_grad(). Was another model or a copy of it trained, "
@@ -298,7 +299,7 @@ class Preconditioner(torch.optim.Optimizer):
         if self.steps or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(p.grad.any() for p in params):                     # a warm-up that begins at lr 0
+        if any(map(has_gradient, params)):                        # a warm-up that begins at lr 0
             return False
         for p in params:
             self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
@@ -414,6 +415,11 @@ class Preconditioner(torch.optim.Optimizer):
     def how(self, layer):
         """How a layer is preconditioned, in words."""
         return self.kinds[layer.kind]
+
+
+def has_gradient(p):
+    """One that is not zero? Of sharded p all ranks are to ask."""
+    return p.grad is not None and bool(p.grad.any())
 
 
 class PreconditionedSGD(Preconditioner, torch.optim.SGD):

@@ -18,6 +18,8 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
+import torch.nn.utils.prune as prune
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import _get_current_function_mode_stack
@@ -306,6 +308,22 @@ def test_layer_that_rests(make):
     want = statistics([data[4], data[10]], (0, 1), tcov=1, tinv=1)
     assert want
     close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("compute", (
+    lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh())))
+def test_weight_computed_later(make, compute):
+    """Its statistics describe it no more: it takes the plain step, also in print."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    optimizer, weight = make(net, tcov=1, tinv=1), net[0].weight
+    for step in range(4):
+        assert ("updates" in optimizer.state[weight]) == (step > 0)
+        if step == 3:
+            compute(net[0])
+        take_step(net, optimizer, net(randn(5, 4)).square().sum())
+    assert "updates" not in optimizer.state[weight] and "0: 3×5" not in str(optimizer)
+    assert optimizer.state[net[2].weight]["updates"] == 4
 
 
 def copy_trained(net, optimizer, x, y):
