@@ -418,8 +418,11 @@ class Preconditioner(torch.optim.Optimizer):
 
 
 def has_gradient(p):
-    """One that is not zero? Of sharded p all ranks are to ask."""
-    return p.grad is not None and bool(p.grad.any())
+    """One that is not zero? Of a sharded p all ranks ask, and get one answer."""
+    if p.grad is None:
+        return False
+    some = p.grad.any()
+    return bool(some.full_tensor() if is_sharded(some) else some)
 
 
 class PreconditionedSGD(Preconditioner, torch.optim.SGD):

@@ -17,8 +17,8 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mac import MAC
-from testing import (OPTIMIZERS, Conv1D, close, loss_of, make_data, make_net, on_ranks, parameters,
-                     raises, randn, snapshot, trained)
+from testing import (OPTIMIZERS, Conv1D, Uses, close, loss_of, make_data, make_net, on_ranks,
+                     parameters, raises, randn, snapshot, trained)
 
 DATA = make_data(6, batch=12)
 on_cpus = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
@@ -149,6 +149,27 @@ def refused_on_ranks(rank, world):
 @on_cpus
 def test_fully_shard_after_the_optimizer():
     on_ranks(2, refused_on_ranks)
+
+
+def computed_on_ranks(rank, world):
+    """A weight is computed from the third step on, and only the last rank's rows have gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    torch.manual_seed(0)
+    net = Uses(nn.Linear(4, 6), lambda m, x: m.layer(x), beside=nn.Linear(3, 2)).double()
+    optimizer = MAC(fully_shard(net, mesh=init_device_mesh("cpu", (world,))), tcov=1)
+    for step in range(3):
+        if step == 2:
+            net.use = lambda m, x: F.linear(x, 2 * m.layer.weight)[:, -1:]
+        optimizer.zero_grad()
+        sum(y.square().sum() for y in net(randn(5, 4))).backward()
+        optimizer.step()
+    return "updates" in optimizer.state[net.layer.weight]
+
+
+@on_cpus
+def test_fully_shard_and_computed_later():
+    assert on_ranks(2, computed_on_ranks) == [False, False]
 
 
 def in_bfloat16(rank, world):
