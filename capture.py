@@ -192,16 +192,19 @@ class Watcher(TorchFunctionMode):
         # the view's history, and a hook on it would never fire. Its base sees the gradient always,
         # and the base's node, what the model's own hooks made of it.
         out = out._base if out._is_view() else out
+        # A reentrant checkpoint, or an adjoint method, runs backward passes inside one: theirs are
+        # its rows too.
+        within = torch._C._current_graph_task_id()                                     # or -1
         out.grad_fn.register_prehook(
-            partial(self.arrived, layer, layer.d, use, sums, rows, out.output_nr))
+            partial(self.arrived, layer, layer.d, use, sums, rows, within, out.output_nr))
 
     @torch.compiler.disable
-    def arrived(self, layer, d, use, sums, rows, number, grads):
+    def arrived(self, layer, d, use, sums, rows, within, number, grads):
         grad, optimizer = grads[number], self.optimizer()
         if layer.d != d or grad is None or optimizer is None or optimizer.ignores_gradients \
                 or is_transformed(grad) or not reaches(layer.weight):    # d: has a bias gone since?
             return
-        backward = torch._C._current_graph_task_id()
+        backward = torch._C._current_graph_task_id() if within == -1 else within
         # Where an earlier backward pass left no gradient, zero_grad on the model has dropped it,
         # and so are the sums that it left. (A sharded weight may have its gradient elsewhere.)
         earlier = layer.weight.grad is not None or is_sharded(layer.weight)

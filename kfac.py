@@ -329,7 +329,7 @@ class KFAC(PreconditionedSGD):
         return {"covariance": A}, use.rows
 
     def add_gradient(self, layer, use, grad):
-        layer.calls.add((use.call, torch._C._current_graph_task_id()))
+        layer.calls.add((use.call, layer.backward))
         if self.fisher == "sampled":
             P = use.drawn
         else:

@@ -271,6 +271,53 @@ def test_use_that_takes_the_plain_step(use, method):
     assert listed(optimizer) == {"beside"}
 
 
+class Adjoint(torch.autograd.Function):
+    """Three steps of x ← x + layer(x), taken again in the backward pass, each by autograd.grad."""
+
+    @staticmethod
+    def forward(ctx, x, layer, *parameters):
+        ctx.layer, ctx.xs = layer, [x]
+        for _ in range(3):
+            ctx.xs.append(ctx.xs[-1] + layer(ctx.xs[-1]))
+        return ctx.xs[-1].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        totals = [0, 0]
+        for x in ctx.xs[2::-1]:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = x + ctx.layer(x)
+            grad, *new = torch.autograd.grad(y, [x, *ctx.layer.parameters()], grad)
+            totals = [a + b for a, b in zip(totals, new)]
+        return grad, None, *totals
+
+
+def steps_of(x, layer, *parameters):
+    for _ in range(3):
+        x = x + layer(x)
+    return x
+
+
+def calls_of(x, layer, *parameters, which=()):
+    for i in range(3):
+        x = (checkpoint(layer, x, use_reentrant=True) if i in which else layer(x)).tanh()
+    return x
+
+
+@pytest.mark.parametrize("use, same", (
+    (functools.partial(calls_of, which=(1,)), calls_of), (Adjoint.apply, steps_of)))
+def test_backward_passes_in_one(make, use, same):
+    """Rows of a layer that arrive in a backward pass, and in others that run inside it."""
+    ends = []
+    for function in (use, same):
+        torch.manual_seed(0)
+        net = Uses(nn.Linear(4, 4), lambda m, x: function(x, m.layer, *m.layer.parameters()))
+        ends.append(trained(make, loop_of(lambda model, x, y: model(
+            x.flatten(1)[:, :4].requires_grad_()).tanh().mean().backward()), net=net.double()))
+    close(*ends, 1e-12)
+
+
 @only("kfac", "adafisherw")
 def test_gradient_that_hooks_change(make):
     """A layer's output gradient is what the model's own hooks make of it, as its weight's is."""
