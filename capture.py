@@ -165,6 +165,8 @@ class Watcher(TorchFunctionMode):
         """Is this the layer's, or the slice of it that belongs to these rows of the weight?"""
         if layer.bias is None:
             return True             # whatever is added to the output takes the plain step
+        if not layer.bias.requires_grad:
+            return False            # frozen since the layer was found
         if bias is None or self.parameter(bias) is layer.bias:
             return bias is not None and rows == layer.bias_rows == slice(0, len(bias))
         whole = bias._base

@@ -23,7 +23,8 @@ import models
 from adafisher import AdaFisherW
 from test_math import EXACT, METHODS, formula
 from testing import (OPTIMIZERS, Conv1D, Uses, close, factory, loop_of, loss_of, make_data,
-                     on_ranks, only, parameters, randn, take_step, trained, usual)
+                     on_ranks, only, parameters, randn, snapshot, take_step, trained,
+                     usual)
 
 SIX = {name: METHODS[name] for name in ("mac", "foof", "nysact, exact", "kfac", "adafisher")}
 SIX["adafisherw"] = factory(AdaFisherW, **EXACT, weight_decay=0.0)
@@ -269,6 +270,30 @@ def test_use_that_takes_the_plain_step(use, method):
             close(moved[name], torch.zeros_like(p) if p.grad is None else p.grad, 1e-6
                   if use == "cast" else 1e-12)
     assert listed(optimizer) == {"beside"}
+
+
+def test_bias_frozen_later(make):
+    """Once it is a constant the weight's step is that of the rows a, not of [a; 1]."""
+    ends = []
+    for later in (False, True):
+        net = small()
+        net.mlp.bias.requires_grad_(later)
+        optimizer = make(net)
+        net.mlp.bias.requires_grad_(False)
+        usual(net, optimizer, make_data(8))
+        ends.append(snapshot(net, optimizer))
+    close(*ends, 1e-12)
+
+
+def test_bias_frozen_between_collecting_steps(make):
+    """Until the next of them it counts as 0 in G = [W | b], and stays."""
+    net, (one, *others) = small(), make_data(3)
+    optimizer = make(net)
+    usual(net, optimizer, [one])
+    bias = net.mlp.bias.requires_grad_(False).clone()
+    for batch, d in zip(others, (5, 4)):
+        usual(net, optimizer, [batch])
+        assert optimizer.layers[net.mlp.weight].d == d and torch.equal(net.mlp.bias, bias)
 
 
 class Adjoint(torch.autograd.Function):

@@ -186,8 +186,8 @@ def check_step(method, net, call, said=False):
     """
     uses, terms = watch(net)
     optimizer = METHODS[method](net)
-    learns = {p for p in net.parameters() if p.requires_grad}
     ys = [*call()]
+    learns = {p for p in net.parameters() if p.requires_grad}
     if said and isinstance(optimizer, KFAC):
         optimizer.loss_terms = terms["samples"]
     torch.manual_seed(1)
@@ -288,7 +288,6 @@ STEPS = {     # what is called on which input(s)
     "Linear, keyword": (linear, lambda net: [net(input=randn(5, 4))]),
     "two calls": (linear, lambda net: [net(randn(5, 4)), net(randn(2, 4))]),
     "two layers": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (5, 4)),
-    # a bias that got no gradient counts as 0 in G = [W | b] and stays
     "biases frozen later": (lambda: nn.Sequential(linear(), nn.Tanh(), nn.Linear(3, 2)),
                             lambda net: [freeze_biases(net)(randn(5, 4))]),
     "weight norm beside a layer": (lambda: nn.Sequential(
