@@ -37,6 +37,7 @@ import functools
 import itertools
 import math
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -56,6 +57,7 @@ import mac
 import models
 import nysact
 import patches
+import precision
 from adafisher import AdaFisher, AdaFisherW
 from calls import count_terms
 from foof import FOOF
@@ -528,9 +530,8 @@ def test_precision(method, mode, low_precision):
 
 def test_full_precision(low_precision):
     """Neither TF32 nor bf16 inside, the user's modes after it, also where an error ends it."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv,
-                torch.backends.mkldnn.conv]
-    if not all(hasattr(backend, "fp32_precision") for backend in backends):
+    backends = precision.BACKENDS
+    if not backends:
         pytest.skip("this torch has no setting per operation")
     modes = [backend.fp32_precision for backend in backends]
     for module in modules_with("full_precision"):
@@ -542,6 +543,24 @@ def test_full_precision(low_precision):
                     raise KeyError
             assert [backend.fp32_precision for backend in backends] == modes
         assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_full_precision_in_threads(low_precision):
+    """The settings are the process's: the last thread that leaves gives the user's back."""
+    def first():
+        with precision.full_precision("cpu"):
+            entered.set()
+            leave.wait(60)
+    of_user, entered, leave = precision.settings(), threading.Event(), threading.Event()
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(60)
+    with precision.full_precision("cpu"):
+        ours = precision.settings()
+        leave.set()
+        thread.join()
+        assert precision.settings() == ours != of_user
+    assert precision.settings() == of_user
 
 
 # ---- nn.MultiheadAttention, and what MAC makes of attention ----
