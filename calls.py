@@ -11,6 +11,7 @@ came out tell the number:
 
 The terms of micro-batches add up, each call's once. Where calls contradict, nothing is guessed.
 """
+import threading
 from contextlib import suppress
 from math import inf, prod
 
@@ -33,28 +34,35 @@ class Calls:
     """Tells calls apart, for the watcher that sees forward passes begin and end."""
 
     def __init__(self):
-        self.current, self.entered = Call(), None
+        self.local, self.latest = threading.local(), Call()
+
+    @property
+    def current(self):
+        """This thread's; of a checkpoint's rerun on a GPU, which has a thread of its own, the
+        latest of all."""
+        return getattr(self.local, "current", self.latest)
 
     def begin(self, module, args, kwargs):
         given = tensors((args, kwargs))
-        self.entered = None
+        self.local.entered = None
         training = torch.is_grad_enabled() or any(x.requires_grad for x in given)
         if not training or torch._C._current_graph_task_id() != -1:      # or a checkpoint's rerun
             return
         earlier = next((call for call in map(self.origin, given) if call is not None), None)
         if earlier is not None and module in earlier.parts:      # a cell: each step may have a loss
             earlier = None
-        self.current = self.entered = earlier or Call()
+        self.local.current = self.local.entered = self.latest = earlier or Call()
         self.current.parts.append(module)
         self.current.inputs += [(x.shape, x.is_floating_point()) for x in given
                                 if x.grad_fn is None or earlier is None]
 
     def end(self, output):
-        if self.entered is not None:
-            self.entered.outputs = [x.shape for x in tensors(output)]
+        call = getattr(self.local, "entered", None)
+        if call is not None:
+            call.outputs = [x.shape for x in tensors(output)]
             for x in tensors(output):
                 if x.grad_fn is not None:
-                    x.grad_fn.metadata[self] = self.entered
+                    x.grad_fn.metadata[self] = call
 
     def origin(self, x):
         """The call from whose output x was made, if any."""

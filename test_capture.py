@@ -580,6 +580,35 @@ def test_threads(make):
           1e-12)
 
 
+def test_kfac_calls_in_threads():
+    """Each thread's call of the model has its own terms, however they interleave."""
+    def passes(net, at_once):
+        def run(x):
+            outs[len(x)] = net(x)
+
+        def wait(*_):
+            meet.wait(60)
+        meet, outs, inputs = threading.Barrier(2 if at_once else 1), {}, data.split([8, 5])
+        handle = net[0].register_forward_pre_hook(wait)
+        threads = [threading.Thread(target=run, args=(x,)) for x in inputs]
+        for thread in threads:
+            thread.start()
+            if not at_once:
+                thread.join()
+        for thread in threads:
+            thread.join()
+        handle.remove()
+        for n in (8, 5):
+            (outs[n].square().sum() / 13).backward()
+    data, ends = randn(13, 4), []
+    for at_once in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        ends.append(trained(OPTIMIZERS["kfac"], loop_of(lambda model, x, y: passes(
+            model, at_once)), net=net))
+    close(*ends, 1e-12)
+
+
 def test_parts_called(make):
     """A model whose parts are called, none through its own forward."""
     def work(model, x, y):
