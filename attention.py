@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention.bias import CausalBias
 from torch.utils.weak import WeakIdKeyDictionary
 
 from precision import at_least_float32, full_precision
@@ -196,8 +197,8 @@ class Attention:
 
     def fused(self, out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
               scale=None, enable_gqa=False):
-        if out.dim() < 3 or type(attn_mask) not in (type(None), torch.Tensor, torch.nn.Parameter):
-            return                                         # a CausalBias holds no numbers
+        if out.dim() < 3 or isinstance(attn_mask, CausalBias):           # which holds no numbers
+            return
         batch, heads = out.shape[:-2], 1
         if enable_gqa:                                     # so many heads of q share one of v
             heads = query.shape[-3] // value.shape[-3]

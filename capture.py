@@ -107,9 +107,10 @@ class Watcher(TorchFunctionMode):
         return out
 
     def sees(self, out):
-        """A plain tensor that will be backpropagated: no fake or functional one, no transform's."""
-        return (torch.is_grad_enabled() and type(out) is torch.Tensor and out.requires_grad
-                and out.numel() > 0 and not is_transformed(out))
+        """Numbers that will be backpropagated: no fake or functional tensor, no transform's."""
+        return (torch.is_grad_enabled() and isinstance(out, torch.Tensor)
+                and type(out).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+                and out.requires_grad and out.numel() > 0 and not is_transformed(out))
 
     def find(self, weight):
         """(layer, its rows that this tensor holds, is it transposed?) or None."""

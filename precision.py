@@ -36,10 +36,11 @@ def set_all(values):
 def full_precision(device_type):
     """float32 products in float32: autocast, TF32 and bf16 modes off inside.
 
-    From the first thread that enters to the last that leaves.
+    From the first thread that enters to the last that leaves. What is made inside of tensors of a
+    type of their own (an image with metadata) is plain.
     """
     global users, before
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False), torch._C.DisableTorchFunctionSubclass():
         with lock:
             if users == 0:
                 before = settings()

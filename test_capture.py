@@ -609,6 +609,35 @@ def test_kfac_calls_in_threads():
     close(*ends, 1e-12)
 
 
+class Typed(torch.Tensor):
+    """A type that its results keep, as fastai's and MONAI's images do."""
+
+
+@pytest.mark.parametrize("kinds", ((Typed,), (torch.Tensor, Typed)))
+def test_inputs_of_another_type(make, kinds):
+    """They are seen as plain tensors are, attention and masks included; the state is plain."""
+    def micro_batches(kinds):
+        def work(model, x, y):
+            for kind, x, y in zip(kinds, x.chunk(len(kinds)), y.chunk(len(kinds))):
+                (loss_of(model, x.as_subclass(kind), y) / len(kinds)).backward()
+        return loop_of(work)
+
+    def masked(m, x):
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in m.qkv(x).chunk(3, -1))
+        return m.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=(q @ k.mT).detach())
+                      .transpose(1, 2).flatten(2))
+    ends = []
+    for loop in (micro_batches(kinds), micro_batches([torch.Tensor for _ in kinds])):
+        net = small()
+        net.attn.forward = functools.partial(masked, net.attn)
+        optimizer = make(net)
+        loop(net, optimizer, make_data(8))
+        ends.append(snapshot(net, optimizer))
+        assert {type(x) for state in optimizer.state.values() for x in state.values()} <= {
+            torch.Tensor, int}
+    close(*ends, 0)
+
+
 def test_parts_called(make):
     """A model whose parts are called, none through its own forward."""
     def work(model, x, y):
