@@ -11,9 +11,10 @@ with v (before dropout, if there is any).
 Not followed, so that v takes the plain mean: scores that are changed after their softmax other than
 by dropout or a cast (talking heads), attention over channels or without a batch, keys that the
 module adds itself, values that are joined or repeated in new memory (cat, stack, index_select,
-repeat_interleave; expand and enable_gqa are followed), values or scores that are changed in place,
-einsum, flex_attention, arguments of products by keyword, and a function (no module) under reentrant
-checkpointing. A v that is used besides (a residual) is described by T X alone.
+repeat_interleave; expand and enable_gqa are followed), values, their inputs or scores that are
+changed in place, einsum, flex_attention, arguments of products by keyword, and a function (no
+module) under reentrant checkpointing. A v that is used besides (a residual) is described by T X
+alone.
 """
 import threading
 import weakref
@@ -74,6 +75,7 @@ class Origin:
     """Memory that holds a linear layer's output, row after row: (tokens, columns)."""
     layer: object
     x: weakref.ref                  # the layer's input, as long as the model keeps it
+    x_version: int                  # its version then: autocast's copy of it is what was multiplied
     first: int                      # the row of the weight that made column 0
     columns: int
     version: int                    # counts changes in place: after one it holds something else
@@ -158,8 +160,8 @@ class Attention:
         """A linear layer's output (..., out) from its input x (..., d)."""
         if fills_memory(out):
             self.inputs.append((len(self.watcher.inside), x))
-            self.places[memory(out)] = Origin(layer, weakref.ref(x), rows.start, out.shape[-1],
-                                              out._version)
+            self.places[memory(out)] = Origin(layer, weakref.ref(x), version_of(x), rows.start,
+                                              out.shape[-1], out._version)
 
     def place_of(self, x):
         """Where x lies, or None if that is not known, or was written to since."""
@@ -227,8 +229,8 @@ class Attention:
         except ValueError:
             return
         x, layer = origin.x(), origin.layer
-        if x is None or not layer.active or not self.watcher.optimizer().set_values(
-                layer, np.unique(outer_sum(row))):
+        if x is None or version_of(x) != origin.x_version or not layer.active \
+                or not self.watcher.optimizer().set_values(layer, np.unique(outer_sum(row))):
             return
         with torch.no_grad(), full_precision(out.device.type):
             t = received().expand(*batch, v.shape[-2])
@@ -242,6 +244,11 @@ class Attention:
                 total = torch.cat([total, t.sum()[None]])
         use = Use("values", None, None, out.shape, rows, slice(layer.blocks, None))
         self.watcher.when_backpropagated(layer, use, {"mean": total[None]}, rows, out)
+
+
+def version_of(x):
+    """Counts changes in place; of an inference tensor they are not counted."""
+    return None if x.is_inference() else x._version
 
 
 def fills_memory(x):

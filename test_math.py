@@ -1077,6 +1077,28 @@ def test_mac_attention_precision(mode):
     close(mean, with_ones(torch.stack(want)), 3e-6)
 
 
+def test_mac_attention_of_a_changed_input():
+    """Autocast's copy of X is what met the weight; X itself holds something else by then."""
+    def attend(m, x):
+        y = m.qkv(x)
+        x.mul_(2)
+        return sdpa(*thirds(y))
+    net, x = Attends(attend, qkv=18), torch.randn(4, 9, 6)
+    with torch.autocast(device_type(), torch.bfloat16):
+        optimizer, _ = mac_step(net, lambda: net(x.clone()).float().sum())
+    assert optimizer.state[net.qkv.weight]["values"] == -1
+
+
+def test_mac_attention_of_an_inference_tensor():
+    """Features of a frozen part, whose changes torch does not count."""
+    net = Attends(lambda m, x: sdpa(*thirds(m.qkv(x))), qkv=18)
+    with torch.inference_mode():
+        x = torch.randn(4, 9, 6)
+    with torch.autocast(device_type(), torch.bfloat16):
+        optimizer, _ = mac_step(net, lambda: net(x).float().sum())
+    assert optimizer.state[net.qkv.weight]["values"] == 8 + 4
+
+
 def not_followed(m, x):
     return eager(*thirds(m.qkv(x).sin()))
 
