@@ -171,6 +171,8 @@ class Preconditioner(torch.optim.Optimizer):
 
     def begin_step(self):
         """Tell the watcher whether the coming step's batch counts; note the step in the state."""
+        for layer in self.layers.values():
+            layer.on = False                   # its weight may have left the groups
         for group in self.param_groups:
             for layer in filter(None, map(self.layers.get, group["params"])):
                 state = self.state.get(layer.weight, {})
@@ -195,6 +197,8 @@ class Preconditioner(torch.optim.Optimizer):
         if self.model is None:
             raise RuntimeError(f"{type(self).__name__}: this optimizer was copied or unpickled and "
                                "has no model; make a new one and load this one's state_dict()")
+        if not self.captured:
+            self.check_parameters()
         if not any(layer.on for layer in self.layers.values()):
             return
         agree(list(self.layers.values()), self.merge)
@@ -230,17 +234,22 @@ class Preconditioner(torch.optim.Optimizer):
         """β, the weight of the past in the averages."""
         return group["stat_decay"]
 
+    def check_parameters(self):
+        """A model that has other parameters by now would stay as it is."""
+        if self.layers and not any(is_sharded(weight) for weight in self.layers) \
+                and self.layers.keys().isdisjoint(self.model.parameters()):
+            name = type(self).__name__
+            raise RuntimeError(f"{name}: its parameters are the model's no more: fully_shard() "
+                               "replaces a model's parameters, and so does load_state_dict(..., "
+                               f"assign=True), so call these before {name} is made (Accelerate's "
+                               "prepare() then leaves the model as it is)")
+
     def check_captured(self, found, due):
         """A step whose gradients came with no statistics at all is no step of this model's."""
         if found:
             self.captured = True
             return
         name = type(self).__name__
-        if not self.captured and not any(is_sharded(weight) for weight in self.layers) \
-                and self.layers.keys().isdisjoint(self.model.parameters()):
-            raise RuntimeError(f"{name}: its parameters are the model's no more: fully_shard() "
-                               f"replaces a model's parameters, so call it before {name} is made "
-                               "(Accelerate's prepare() then leaves the model as it is)")
         if due and not self.captured or any(
                 has_gradient(layer.weight) for layer, _ in due):     # else an empty batch
             raise RuntimeError(

@@ -586,6 +586,30 @@ def test_parameter_groups(make):
         close(snapshot(net, optimizer), reference(make), 0)
 
 
+def test_layers_that_left_their_group(make):
+    """No step collects for them."""
+    net, batch = make_net(), make_data(1)
+    optimizer = make(net, tcov=1)
+    usual(net, optimizer, batch)
+    optimizer.param_groups[0]["params"] = [net.conv1.bias]
+    usual(net, optimizer, batch)
+    assert not optimizer.collecting
+    usual(net, optimizer, batch)
+
+
+@pytest.mark.parametrize("switched", (False, True))
+def test_parameters_that_were_replaced(make, switched):
+    """An error tells what replaces them, also where the groups were given the new ones."""
+    net = make_net()
+    optimizer = make(net)
+    net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+    if switched:
+        optimizer.param_groups[0]["params"] = [*net.parameters()]
+        optimizer.load_state_dict(optimizer.state_dict())
+    loss_of(net, *make_data(1)[0]).backward()
+    raises(RuntimeError, ["model's no more", "fully_shard()", "assign=True"], optimizer.step)
+
+
 def test_group_options(make):
     """Two groups do what optimizers with their options do: a step, then state, as weights stay."""
     options = [known(make.Optimizer, values) for values in (
