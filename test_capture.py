@@ -194,6 +194,15 @@ PLAIN_USES = {      # what the statistics do not describe, or nobody sees
         3 * x, m.layer.weight)), ROWS),
     "a module and embedding": (plain_linear, lambda m, x: (m.layer(x), F.embedding(
         torch.tensor([0, 3]), m.layer.weight)), ROWS),
+    "a module and Tensor.inner": (plain_linear, lambda m, x: (m.layer(x), (3 * x).inner(
+        m.layer.weight)), ROWS),
+    "a module, and on the left": (square, lambda m, x: (m.layer(x), m.layer.weight @ x.mT), (5, 9)),
+    "by its own transpose": (square, lambda m, x: (m.layer(x), m.layer.weight @ m.layer.weight.T),
+                             (5, 9)),
+    "input of another layer": (square, lambda m, x: (m.layer(x), m.beside(m.layer.weight[:, :3])),
+                               (5, 9)),
+    "turned, input of another layer": (own(nn.Linear, affine, 4, 3), lambda m, x: (
+        m.layer(x), m.beside(m.layer.weight.t())), ROWS),
     "addmm with factors": (linear, lambda m, x: torch.addmm(
         m.layer.bias, x, m.layer.weight.t(), alpha=0.5), ROWS),
     "batches of matrices": (square, lambda m, x: torch.bmm(

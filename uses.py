@@ -27,7 +27,15 @@ class Use:
     call: object = None             # the call of the model that it belongs to, where K-FAC asks
 
 
+def multiplied(watcher, x):
+    """x meets a weight; if it is one too, its layer's rows are not what its gradient is made of."""
+    found = watcher.find(x)
+    if found is not None:
+        watcher.contradict(found[0], "it stands on the left of a product")
+
+
 def linear(watcher, out, input, weight, bias=None):
+    multiplied(watcher, input)
     found = watcher.find(weight)
     if found is not None:
         layer, _, turned = found
@@ -37,6 +45,7 @@ def linear(watcher, out, input, weight, bias=None):
 
 
 def matmul(watcher, out, input, other=None, mat2=None, bias=None, **rest):
+    multiplied(watcher, input)
     other = mat2 if other is None else other               # torch.mm's name for it
     found = watcher.find(other)
     if found is not None:
@@ -44,8 +53,6 @@ def matmul(watcher, out, input, other=None, mat2=None, bias=None, **rest):
         if turned == layer.transposed or rows != slice(0, layer.out):
             return watcher.contradict(layer, "its transpose is used")
         watcher.record(found, "linear", input, out, bias)
-    elif (found := watcher.find(input)) is not None:
-        watcher.contradict(found[0], "it stands on the left of a product")
 
 
 def addmm(watcher, out, input, mat1, mat2, *, beta=1, alpha=1):
@@ -91,9 +98,9 @@ def other(watcher, out, *args, **kwargs):
 
 
 OTHERS = (torch.einsum, torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.bilinear, torch.mv,
-          torch.Tensor.mv, torch.tensordot, torch.inner, torch.linalg.multi_dot, F.embedding,
-          F.embedding_bag, torch.convolution, torch.conv1d, torch.conv3d, torch.conv_transpose1d,
-          torch.conv_transpose2d, torch.conv_transpose3d)
+          torch.Tensor.mv, torch.tensordot, torch.inner, torch.Tensor.inner,
+          torch.linalg.multi_dot, F.embedding, F.embedding_bag, torch.convolution, torch.conv1d,
+          torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 SEEN = dict.fromkeys(OTHERS, other) | {
     F.linear: linear, torch.conv2d: conv2d, torch.addmm: addmm, torch.Tensor.addmm: addmm,
     F.batch_norm: batch_norm, F.layer_norm: layer_norm, F.group_norm: group_norm} | dict.fromkeys(
