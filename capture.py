@@ -11,11 +11,16 @@ ranks by one all-reduce, once into the average.
 
 What a weight multiplies is never guessed from a module's class: a subclass that normalises, pads or
 drops its input shows what came of that, and a weight that is computed before it is used (a
-parametrization, a standardised convolution) shows nothing and takes the plain step. A use that the
-layer's statistics cannot describe sends the layer to the plain step for good, with the reason.
+parametrization, a standardised convolution) shows nothing and takes the plain step; if it was used
+before, from the next collecting step on. A use that the layer's statistics cannot describe sends
+the layer to the plain step for good, with the reason.
 
 Not seen, hence plain: einsum, custom autograd functions (except SyncBatchNorm's), recurrent layers.
-One more use of a weight by such an operation is not noticed, except for those in uses.OTHERS.
+Where a weight is used properly too, one more use of it is not noticed, and its rows are not in the
+statistics, if it is by such an operation (except for those in uses.OTHERS), outside any module's
+call, of entries that are picked by an index tensor, in the second backward pass of a gradient
+penalty, or through functional_call with weights made from it. Gradients that torch.autograd.grad
+took and that are put into .grad by hand count the rows of the last such call alone.
 """
 import threading
 import types

@@ -380,6 +380,9 @@ class KFAC(PreconditionedSGD):
         logits (N, classes) or (B, S, classes), from the forward pass that loss.backward() follows;
         one loss term for each row of them. It changes no .grad and keeps the graph; does nothing if
         no layer's statistics are due in this step. Draws from torch's global generator.
+
+        In a step whose statistics are due, each forward pass with gradients is kept until it comes
+        here, or until step(): make passes for anything else (rollouts) under torch.no_grad().
         """
         if self.fisher != "sampled":
             raise RuntimeError("KFAC: sample_fisher() needs fisher='sampled'")

@@ -330,7 +330,7 @@ class MAC(PreconditionedSGD):
         return 2 ** blocks + sum(2 ** i for i in values) if blocks else -1
 
     def divisors(self, layer, name, rows):
-        """A step whose attention was not followed adds nothing: what met v's rows is unknown."""
+        """0 where attention was not followed, so that what met v's rows is unknown."""
         return rows if all(rows[i] for i in self.means_of(layer)) else [0] * len(rows)
 
     def merge(self, layer, everyone):
