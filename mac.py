@@ -61,8 +61,8 @@ WHY (5). Images normalised to zero mean have ā ≈ 0: their mean says nothing.
 So the first layer keeps its small exact covariance (d = 27 for a 3×3 convolution on RGB).
 That reason needs a layer which reads the model's input, and reads it alone.
 So no layer has A₁ where an embedding, a recurrent layer or projections to q, k, v (known by their
-names) come first in modules(). Elsewhere it is the first layer that is trained, as published (frozen
-ones may stand before it). input_covariance names another layer, or is False: no layer.
+names) come first in modules(). Elsewhere it is the first layer that is trained, as published
+(frozen ones may stand before it). input_covariance names another layer, or is False: no layer.
 
 WHY (6). One head: V = X W_Vᵀ, T = softmax(QKᵀ/√d_h), O = T V. So O = (T X) W_Vᵀ.
 Then the gradient of W_V is (∂loss/∂O)ᵀ (T X): the rows that W_V multiplies are those of T X.

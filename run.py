@@ -315,7 +315,7 @@ class Run:
         self.due = time.monotonic() + 60 * self.minutes
 
     def save_unfinished(self):
-        self.progress.means()                  # raises where the loss is not finite: nothing is lost
+        self.progress.means()        # raises where the loss is not finite: the last save stays
         self.save()
 
     def write_log(self):
