@@ -353,6 +353,10 @@ def draw_sensitivity(axis, name, losses):
                   color=COLOURS[arm])
     axis.set(xscale="log", xlabel="learning rate / the best of this optimizer", title=name,
              ylabel="training loss of the last epoch")
+    # what diverged leaves the frame: it is worse than the smallest rates, which hardly train
+    slow = max((found[min(found)] for found in losses.values() if found), default=math.inf)
+    least = min((min(found.values()) for found in losses.values() if found), default=0)
+    axis.set_ylim(0.98 * least, min(axis.get_ylim()[1], 1.15 * slow))
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 

@@ -235,7 +235,7 @@ def learning_rate(config, step, steps):
 # A flag that is not given takes the value of its optimizer's row, and an optimizer takes the flags
 # of its row and no others. adafisherw: AdaFisher's language models; adafisher takes the coupled
 # decay of its image networks. mac: damping and periods of MAC's nanoGPT folder, decay of its other
-# Transformers. The other rates suit small networks (results/tinyshakespeare/rates.csv); none are
+# Transformers. The other rates suit small networks (results/shakespeare-search.csv); none are
 # published for this task with embeddings that are learned.
 SGD = dict(lr=0.3, momentum=0.9, nesterov=False, weight_decay=1e-4, embedding_lr=1.0)
 CURVATURE = dict(SGD, decoupled_weight_decay=False, damping=1.0, stat_decay=0.95, tcov=5, tinv=50)
