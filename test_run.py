@@ -267,6 +267,7 @@ def test_signal_within_an_epoch(tmp_path, monkeypatch, line, number, step):
     line = more_epochs(line, 2)
     call(f"{line} --output_dir {tmp_path}/straight")
     with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)       # pytest under nohup
         at_step(patch, step, lambda: os.kill(os.getpid(), number))
         _, err = call(f"{line} --output_dir {tmp_path}/stopped", 128 + number)
     steps = 6                                          # of an epoch in each script's line
