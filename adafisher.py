@@ -321,7 +321,7 @@ class AdaFisher(Preconditioner):
                     self.keep(layers, left + gain * H, left + gain * S, left)            # (8)
 
     def keep(self, layers, H, S, of_shift):
-        """S′ and H′ for (5) from H (n, blocks·d), S (n, out); of_shift: the part of H for a norm's c."""
+        """S′ and H′ for (5) from H (n, blocks·d), S (n, out); of_shift: the part of H for b, c."""
         if layers[0].kind != "norm":
             H, S = H.view(len(H), layers[0].blocks, 1, -1), S.view(len(S), layers[0].blocks, -1, 1)
             H, of_shift = H[..., :layers[0].weight.numel() // layers[0].out], H[..., -1:]
